@@ -1,0 +1,20 @@
+"""Fast sampling for Hugging Face diffusers.
+
+Importing this package makes its schedulers and models known to `DiffusionPipeline.from_pretrained`.
+"""
+
+from .models import DerivativeHead, ExactSlope, GenieUNet2DModel
+from .pipelines import GeniePipeline
+from .processes import VariancePreserving
+from .schedulers import GenieScheduler
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DerivativeHead",
+    "ExactSlope",
+    "GeniePipeline",
+    "GenieScheduler",
+    "GenieUNet2DModel",
+    "VariancePreserving",
+]

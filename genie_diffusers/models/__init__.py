@@ -1,0 +1,5 @@
+from .derivative_head import DerivativeHead
+from .exact_slope import ExactSlope
+from .genie_unet import GenieUNet2DModel
+
+__all__ = ["DerivativeHead", "ExactSlope", "GenieUNet2DModel"]

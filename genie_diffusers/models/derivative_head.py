@@ -1,0 +1,184 @@
+"""GENIE's distilled head: dε/dλ from what the denoiser has just computed (Dockhorn et al., 2022, Section 3.2)."""
+
+import json
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import logging
+
+from ..processes import VariancePreserving
+
+logger = logging.get_logger(__name__)
+
+#: how far fingerprints may differ by the rounding of half precision
+FINGERPRINT_TOLERANCE = 5e-3
+
+
+class DerivativeHead(ModelMixin, ConfigMixin):
+    """
+    A small network that predicts dε/dλ, the slope of a denoiser's noise prediction along the probability-flow ODE.
+
+    It reads the sample, the noise prediction that defines the direction of the path (the guided one, under guidance),
+    the denoiser's last features and its time embedding, and mixes three outputs as
+
+        dε/dλ = k₁ − σ² k₂ − α² k₃
+
+    which is the mixture dε/dγ = −k₁/γ + γ/(1+γ²) k₂ + k₃/(γ(1+γ²)) of the paper. The last layer starts at zero.
+
+    A head is a file of its own, like a LoRA: it is saved, loaded and published without the denoiser it was distilled
+    from, and remembers what that was.
+
+    Args:
+        in_channels (`int`): Channels of the sample.
+        feature_channels (`int`): Channels of the denoiser's last features (the input of its `conv_norm_out`).
+        time_embedding_dim (`int`): Size of the denoiser's time embedding.
+        width (`int`, defaults to 64): Channels inside the head.
+        norm_num_groups (`int`, defaults to 8): Groups of its normalisations.
+        process (`dict`, *optional*): Noise schedule it was distilled for, as scheduler configuration keys.
+        prediction_type (`str`, defaults to `"epsilon"`): What its denoiser predicts.
+        fingerprint (`list[float]`, *optional*): [`fingerprint`] of the denoiser's weights.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int,
+        feature_channels: int,
+        time_embedding_dim: int,
+        width: int = 64,
+        norm_num_groups: int = 8,
+        process: dict | None = None,
+        prediction_type: str = "epsilon",
+        fingerprint: list[float] | None = None,
+    ):
+        super().__init__()
+        self.feature_in = torch.nn.Conv2d(feature_channels, width, kernel_size=1)
+        self.sample_in = torch.nn.Conv2d(2 * in_channels, width, kernel_size=3, padding=1)
+        self.block = ResnetBlock2D(
+            in_channels=width, temb_channels=time_embedding_dim, groups=norm_num_groups, eps=1e-5
+        )
+        self.norm_out = torch.nn.GroupNorm(norm_num_groups, width)
+        self.conv_out = torch.nn.Conv2d(width, 3 * in_channels, kernel_size=3, padding=1)
+        torch.nn.init.zeros_(self.conv_out.weight)
+        torch.nn.init.zeros_(self.conv_out.bias)
+
+    @classmethod
+    def for_unet(cls, unet: torch.nn.Module, scheduler_config=None, width: int | None = None) -> "DerivativeHead":
+        """
+        A new head that fits `unet`, with its noise schedule and fingerprint noted.
+
+        Args:
+            unet ([`UNet2DModel`] or [`UNet2DConditionModel`]): The denoiser to distil.
+            scheduler_config (mapping, *optional*): Configuration of the scheduler it was trained with.
+            width (`int`, *optional*): Channels inside the head; half of the denoiser's feature channels by default,
+                which keeps its cost under 5% of the denoiser's.
+        """
+        from ..schedulers.scheduling_utils import PROCESS_KEYS
+
+        feature_channels = unet.conv_norm_out.num_channels
+        config = dict(scheduler_config or {})
+        return cls(
+            in_channels=unet.config.out_channels,
+            feature_channels=feature_channels,
+            time_embedding_dim=unet.time_embedding.linear_2.out_features,
+            width=width or 8 * math.ceil(feature_channels / 16),
+            process={key: config[key] for key in PROCESS_KEYS if config.get(key) is not None} or None,
+            prediction_type=config.get("prediction_type", "epsilon"),
+            fingerprint=fingerprint(unet),
+        )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        noise_prediction: torch.Tensor,
+        features: torch.Tensor,
+        time_embedding: torch.Tensor,
+        alpha: torch.Tensor | float,
+        sigma: torch.Tensor | float,
+    ) -> torch.Tensor:
+        """
+        Predict dε/dλ, shape of `sample`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
+            noise_prediction (`torch.Tensor` of the same shape): ε that defines the direction of the path.
+            features (`torch.Tensor` of shape `(batch, feature_channels, height, width)`): Last features.
+            time_embedding (`torch.Tensor` of shape `(batch, time_embedding_dim)`): Time embedding.
+            alpha, sigma (`float` or `torch.Tensor` of shape `(batch, 1, 1, 1)`): α_t and σ_t.
+        """
+        hidden = self.feature_in(features) + self.sample_in(torch.cat([sample, noise_prediction], dim=1))
+        hidden = self.block(hidden, time_embedding)
+        k_1, k_2, k_3 = self.conv_out(torch.nn.functional.silu(self.norm_out(hidden))).chunk(3, dim=1)
+        return k_1 - sigma**2 * k_2 - alpha**2 * k_3
+
+    def check_fits(self, unet: torch.nn.Module):
+        """
+        Check that the head can read what `unet` computes; warn if the weights are not those it was distilled from.
+
+        Raises:
+            ValueError: If channels, feature width or embedding size differ.
+        """
+        found = {
+            "in_channels": unet.config.out_channels,
+            "feature_channels": unet.conv_norm_out.num_channels,
+            "time_embedding_dim": unet.time_embedding.linear_2.out_features,
+        }
+        for name, value in found.items():
+            if self.config[name] != value:
+                raise ValueError(
+                    f"This derivative head needs a UNet with {name} {self.config[name]}, this one has {value}."
+                )
+        noted = self.config.fingerprint
+        if noted is not None:
+            distances = [abs(a - b) for a, b in zip(noted, fingerprint(unet), strict=False)]
+            if len(distances) != len(noted) or max(distances) > FINGERPRINT_TOLERANCE:
+                logger.warning(
+                    "This derivative head was distilled from other weights than this UNet's. That can be meant (a "
+                    "fine-tuned UNet, a fused LoRA), but its slopes may be off."
+                )
+
+    def check_process(self, process: VariancePreserving, prediction_type: str):
+        """
+        Check that the head was distilled for this diffusion.
+
+        Raises:
+            ValueError: If noise schedule or prediction type differ.
+        """
+        if prediction_type != self.config.prediction_type:
+            raise ValueError(
+                f"This derivative head is for a model with `prediction_type={self.config.prediction_type!r}`, the "
+                f"scheduler has {prediction_type!r}."
+            )
+        own = VariancePreserving.from_config(self.config.process or {})
+        same = own.is_discrete == process.is_discrete and own.num_train_timesteps == process.num_train_timesteps
+        probe = torch.linspace(own.timestep_min, own.timestep_max, 33).numpy()
+        if not same or abs(own.log_snr(probe) - process.log_snr(probe)).max() > 1e-3:
+            raise ValueError(
+                "This derivative head was distilled for another noise schedule than the scheduler's: "
+                + json.dumps(self.config.process or {})
+            )
+
+
+@torch.no_grad()
+def fingerprint(model: torch.nn.Module, count: int = 8) -> list[float]:
+    """
+    `count` numbers that tell the weights of `model` apart from others, whatever precision they are loaded in.
+
+    Each is ⟨w, c⟩/‖w‖ for one weight w of two or more dimensions (evenly chosen) and c_i = cos i.
+    """
+    weights = [
+        parameter
+        for name, parameter in sorted(model.named_parameters())
+        if parameter.ndim > 1 and not name.startswith("derivative_head.") and "lora" not in name
+    ]
+    chosen = [weights[i * len(weights) // count] for i in range(min(count, len(weights)))]
+    numbers = []
+    for weight in chosen:
+        flat = weight.detach().flatten().double().cpu()
+        numbers.append(
+            round(float(flat @ torch.cos(torch.arange(flat.numel(), dtype=torch.float64)) / flat.norm()), 6)
+        )
+    return numbers

@@ -1,0 +1,174 @@
+"""UNets that carry a derivative head. Their output is that of the plain UNet."""
+
+import inspect
+from typing import TypeVar
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here when a pipeline is loaded)
+
+from ..processes import VariancePreserving
+from .derivative_head import DerivativeHead
+from .guidance import RunCheck, branch_weights, count_branches
+from .exact_slope import to_model_output
+
+Model = TypeVar("Model", bound="_GenieUNet")
+
+
+class HeadSlope:
+    """The slope source of a UNet with a derivative head: dε/dλ from the UNet's last call, at the cost of the head."""
+
+    def __init__(self, unet: "_GenieUNet"):
+        if unet.derivative_head is None:
+            raise ValueError(f"This `{type(unet).__name__}` has no derivative head; build it with `from_unet`.")
+        self._unet = unet
+        self._check = RunCheck()
+
+    def bind(self, process: VariancePreserving, prediction_type: str):
+        """Called by the scheduler; raises a `ValueError` if the head was distilled for another diffusion."""
+        self._unet.derivative_head.check_process(process, prediction_type)
+        self._process, self._prediction_type = process, prediction_type
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        noise_prediction: torch.Tensor,
+        timestep: float,
+        *,
+        step: float | None = None,
+        history_slope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        dε/dλ at `sample`, along the velocity of `noise_prediction`; shape of `sample`.
+
+        Raises:
+            ValueError: If the UNet was not called with `sample`, or its outputs do not combine to the prediction.
+        """
+        call = self._unet.last_call
+        if call is None:
+            raise ValueError("The UNet must be called before `step`, by the pipeline its head is attached to.")
+        check = self._check(timestep, sample.device)
+        branches = count_branches(call["sample"], sample, check)
+        alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
+        repeats = (branches, *(1,) * (sample.ndim - 1))
+        dtype = call["features"].dtype
+        slopes = self._unet.derivative_head(
+            sample.to(dtype).repeat(repeats),
+            noise_prediction.to(dtype).repeat(repeats),
+            call["features"],
+            call["time_embedding"],
+            alpha,
+            sigma,
+        )
+        if branches == 1:
+            return slopes
+        shape = (branches, sample.shape[0])
+        outputs = call["output"][:, : sample.shape[1]].unflatten(0, shape)
+        guided = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
+        return (branch_weights(outputs, guided, check) * slopes.unflatten(0, shape)).sum(0)
+
+
+class _GenieUNet(torch.nn.Module):
+    """What a UNet with a derivative head adds to diffusers' UNet, whichever that is."""
+
+    derivative_head: DerivativeHead | None
+
+    def _add_head(self, config: dict | None):
+        # The nested configuration is a plain dictionary, so that it is saved as JSON in the UNet's own.
+        self.register_to_config(derivative_head_config=dict(config) if config is not None else None)
+        self.derivative_head = None if config is None else DerivativeHead.from_config(dict(config))
+        self.last_call: dict[str, torch.Tensor] | None = None
+        self._record_from_children()
+
+    def _record_from_children(self):
+        self.time_embedding.register_forward_hook(self._keep_time_embedding)
+        self.conv_norm_out.register_forward_pre_hook(self._keep_features)
+
+    def _keep_time_embedding(self, module, args, output):
+        self._time_embedding = output
+
+    def _keep_features(self, module, args):
+        self._features = args[0]
+
+    def forward(self, sample: torch.Tensor, *args, **kwargs):
+        """The forward method of the plain UNet; what the derivative head reads is kept until the next call."""
+        output = super().forward(sample, *args, **kwargs)
+        self.last_call = {
+            "sample": sample,
+            "output": output[0],
+            "features": self._features,
+            "time_embedding": self._time_embedding,
+        }
+        return output
+
+    @property
+    def slope_source(self) -> HeadSlope:
+        """The head as a slope source, found by [`GenieScheduler.attach`]."""
+        return HeadSlope(self)
+
+    @classmethod
+    def from_unet(cls: type[Model], unet: torch.nn.Module, derivative_head: "DerivativeHead | str", **kwargs) -> Model:
+        """
+        The same UNet with a derivative head. Its weights are shared with `unet`, not copied.
+
+        Args:
+            unet: The plain UNet.
+            derivative_head ([`DerivativeHead`] or `str`):
+                The head, or the Hub id or folder to load it from.
+            kwargs:
+                Passed to `DerivativeHead.from_pretrained`, such as `subfolder`, `revision` or `token`.
+
+        Raises:
+            ValueError: If the head does not fit the UNet.
+        """
+        if isinstance(derivative_head, str):
+            derivative_head = DerivativeHead.from_pretrained(derivative_head, **kwargs)
+        derivative_head.check_fits(unet)
+        config = {key: value for key, value in unet.config.items() if key in inspect.signature(cls).parameters}
+        with torch.device("meta"):
+            model = cls(**{**config, "derivative_head_config": _plain(derivative_head)})
+        # Children are shared whole, with whatever adapters and hooks they carry.
+        for name, child in unet.named_children():
+            if name != "derivative_head":
+                setattr(model, name, child)
+        model._record_from_children()
+        # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
+        model.derivative_head = torch.nn.Module.to(derivative_head, device=unet.device, dtype=unet.dtype)
+        return model.train(unet.training)
+
+
+def _plain(head: DerivativeHead) -> dict:
+    return {key: value for key, value in head.config.items() if not key.startswith("_")}
+
+
+def _with_head_argument(init, base):
+    """
+    Give `init(self, *args, derivative_head_config, **kwargs)` the signature of `base`, from which diffusers reads what a
+    configuration may hold, so that it follows every release of diffusers.
+    """
+    parameters = list(inspect.signature(base.__init__).parameters.values())
+    head = inspect.Parameter("derivative_head_config", inspect.Parameter.KEYWORD_ONLY, default=None)
+    init.__signature__ = inspect.Signature([*parameters, head])
+    return init
+
+
+class GenieUNet2DModel(_GenieUNet, UNet2DModel):
+    """
+    A [`UNet2DModel`] with a derivative head, for [`GenieScheduler.attach`].
+
+    Takes the arguments of [`UNet2DModel`], and `derivative_head_config` (`dict`, *optional*), the configuration of the
+    head. Its output is that of the plain UNet, so every scheduler and pipeline works with it. Usually built by
+    [`~GenieUNet2DModel.from_unet`], saved and loaded like any model:
+
+    ```py
+    >>> pipe.unet = GenieUNet2DModel.from_unet(pipe.unet, derivative_head="user/genie-head")
+    >>> pipe.scheduler.attach(pipe.unet)
+    ```
+    """
+
+    def __init__(self, *args, derivative_head_config: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._add_head(derivative_head_config)
+
+    __init__ = _with_head_argument(__init__, UNet2DModel)

@@ -1,0 +1,92 @@
+"""How the branches of a guided model call combine to the prediction that the scheduler is given.
+
+A pipeline with classifier-free guidance calls the model once on a batch of equal parts (unconditional, conditional,
+perturbed …) and hands the scheduler one combination of the outputs. A slope of the guided prediction combines the
+slopes of the branches, each taken along the guided velocity, with the same weights.
+"""
+
+import torch
+
+#: Relative residual above which a guided prediction is not a linear combination of the branches: far above the
+#: rounding of half precision, far below what any nonlinear guidance does.
+NONLINEAR_RESIDUAL = 0.02
+
+
+def count_branches(model_input: torch.Tensor, sample: torch.Tensor, check_values: bool) -> int:
+    """
+    The number of parts in the batch of the last model call, which must each have been called with `sample`.
+
+    Args:
+        model_input (`torch.Tensor` of shape `(branches · batch, channels or more, ...)`):
+            What the model was called with; further channels (masks, low-resolution images) follow those of `sample`.
+        sample (`torch.Tensor` of shape `(batch, channels, ...)`):
+            What the scheduler is stepping.
+        check_values (`bool`):
+            Compare the values too, which on an accelerator waits for it.
+
+    Raises:
+        ValueError: If the model was called with something else.
+    """
+    branches, rest = divmod(model_input.shape[0], sample.shape[0])
+    same_shape = model_input.shape[2:] == sample.shape[2:] and model_input.shape[1] >= sample.shape[1]
+    if rest or not branches or not same_shape:
+        raise ValueError(
+            f"The slope source's model was last called with shape {tuple(model_input.shape)}, which is no batch of "
+            f"branches of the `sample` of shape {tuple(sample.shape)} given to `step`."
+        )
+    if check_values:
+        parts = model_input[:, : sample.shape[1]].unflatten(0, (branches, sample.shape[0]))
+        if not torch.equal(parts, sample.to(parts.dtype).expand_as(parts)):
+            raise ValueError(
+                "The slope source's model was last called with another sample than the one given to `step`. Call the "
+                "model and the scheduler in turn, and attach the source to the scheduler of the same pipeline."
+            )
+    return branches
+
+
+def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: bool) -> torch.Tensor:
+    """
+    Weights w, per sample, with guided ≈ Σ_b w_b · outputs_b, by least squares.
+
+    Args:
+        outputs (`torch.Tensor` of shape `(branches, batch, ...)`): The outputs of the branches.
+        guided (`torch.Tensor` of shape `(batch, ...)`): The combination the pipeline made of them.
+        check_residual (`bool`): Check that it is one, which on an accelerator waits for it.
+
+    Returns:
+        `torch.Tensor` of shape `(branches, batch, 1, ...)`.
+
+    Raises:
+        ValueError: If the guided prediction is not a linear combination of the branches.
+    """
+    target = guided.flatten(1).float()
+    columns = outputs.flatten(2).float().movedim(0, -1)  # (batch, elements, branches)
+    # Branches differ little at high noise: solve for the first branch and the differences from it, each of length one.
+    columns = torch.cat([columns[..., :1], columns[..., 1:] - columns[..., :1]], dim=-1)
+    lengths = columns.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    columns = columns / lengths[:, None]
+    gram = columns.mT @ columns
+    solution = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ (columns.mT @ target[..., None])
+    if check_residual:
+        residual = (target - (columns @ solution)[..., 0]).norm(dim=1) / target.norm(dim=1)
+        if residual.max() > NONLINEAR_RESIDUAL:
+            raise ValueError(
+                "The prediction given to `step` is not a linear combination of the outputs of the model's last call "
+                f"(relative residual {residual.max():.3g}), so its slope cannot be formed. Detach the slope source "
+                "(`scheduler.attach(None)`) to sample with this kind of guidance."
+            )
+    weights = solution[..., 0] / lengths
+    weights = torch.cat([weights[:, :1] - weights[:, 1:].sum(1, keepdim=True), weights[:, 1:]], dim=1)
+    return weights.T.reshape(*outputs.shape[:2], *(1,) * (outputs.ndim - 2)).to(outputs.dtype)
+
+
+class RunCheck:
+    """Says when to compare values: always on the CPU; on an accelerator, which would have to be waited for, once a run."""
+
+    def __init__(self):
+        self._previous: float | None = None
+
+    def __call__(self, timestep: float, device: torch.device) -> bool:
+        first = self._previous is None or timestep >= self._previous
+        self._previous = timestep
+        return device.type == "cpu" or (first and device.type != "meta")

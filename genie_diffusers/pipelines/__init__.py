@@ -1,0 +1,3 @@
+from .pipeline_genie import GeniePipeline
+
+__all__ = ["GeniePipeline"]

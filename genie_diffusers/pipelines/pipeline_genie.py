@@ -1,0 +1,155 @@
+"""Unconditional and class-conditional sampling in pixel space."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class GeniePipeline(DiffusionPipeline):
+    """
+    Pipeline for unconditional and class-conditional image generation.
+
+    If the UNet has a derivative head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
+    are attached when the pipeline is built. A scheduler that is assigned later samples without the head until
+    `pipe.scheduler.attach(pipe.unet)`. Every scheduler of diffusers works too.
+
+    Args:
+        unet ([`UNet2DModel`] or [`GenieUNet2DModel`]):
+            The denoiser. If it is class-conditional, its last class is the null class of classifier-free guidance.
+        scheduler ([`SchedulerMixin`]):
+            The sampler.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+        if getattr(unet, "derivative_head", None) is not None and hasattr(scheduler, "attach"):
+            scheduler.attach(unet)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 10,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Draw images.
+
+        Args:
+            batch_size (`int`, *optional*):
+                Number of images; that of `class_labels` by default, or one.
+            class_labels (`int`, sequence of `int` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Classes to draw, one per image or one for all. A class-conditional model without them draws its null
+                class, that is, unconditionally.
+            guidance_scale (`float`, defaults to 1.0):
+                Weight w of classifier-free guidance, ε_null + w (ε_class − ε_null). 1 is no guidance, and one model
+                call on half the batch.
+            num_inference_steps (`int`, defaults to 10):
+                Number of model calls.
+            generator (`torch.Generator` or list of them, *optional*):
+                Source of the initial noise: one for the batch, or one per image (then the same images come out for
+                any split into batches).
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                Initial standard normal noise, instead of drawing it.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (batch, height, width, channels in [0, 1]), `"pt"` (batch, channels, height, width in
+                [0, 1]) or `"latent"` (the sample itself, in [−1, 1] but for overshoots).
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after every step as `callback(pipeline, step_index, timestep, {"latents": ...})`; may return a
+                dictionary with changed `latents`.
+            callback_on_step_end_tensor_inputs (sequence of `str`):
+                What to pass to it; only `"latents"`.
+
+        Raises:
+            ValueError: If arguments contradict each other or do not fit the model.
+        """
+        device, dtype = self._execution_device, self.unet.dtype
+        class_labels, batch_size = self._check_inputs(
+            class_labels, batch_size, guidance_scale, latents, generator, callback_on_step_end_tensor_inputs
+        )
+        guided = guidance_scale != 1.0
+        num_classes = self.unet.config.num_class_embeds
+        if num_classes is not None:
+            null = torch.full((batch_size,), num_classes - 1, device=device)
+            labels = null if class_labels is None else class_labels.to(device)
+            class_labels = torch.cat([null, labels]) if guided else labels
+
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = torch.cat([latents, latents]) if guided else latents
+            model_input = self.scheduler.scale_model_input(model_input, t)
+            model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
+            if guided:
+                null_output, class_output = model_output.chunk(2)
+                model_output = null_output + guidance_scale * (class_output - null_output)
+            latents = self.scheduler.step(model_output, t, latents, return_dict=False, **extra)[0]
+            if callback_on_step_end is not None:
+                kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                latents = callback_on_step_end(self, i, t, kwargs).pop("latents", latents)
+
+        images = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(
+        self, class_labels, batch_size, guidance_scale, latents, generator, callback_tensors
+    ) -> tuple[torch.Tensor | None, int]:
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")
+        num_classes = self.unet.config.num_class_embeds
+        if class_labels is not None:
+            if num_classes is None:
+                raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")
+            class_labels = torch.as_tensor(class_labels, dtype=torch.long).cpu()
+            if class_labels.min() < 0 or class_labels.max() >= num_classes:
+                raise ValueError(
+                    f"`class_labels` must be between 0 and {num_classes - 1}, got {class_labels.tolist()}."
+                )
+            if class_labels.ndim == 0:
+                class_labels = class_labels.expand(batch_size or 1)
+        elif guidance_scale != 1.0:
+            raise ValueError(f"`guidance_scale={guidance_scale}` needs `class_labels` to guide towards.")
+        sizes = {
+            "batch_size": batch_size,
+            "class_labels": None if class_labels is None else len(class_labels),
+            "latents": None if latents is None else latents.shape[0],
+            "generator": len(generator) if isinstance(generator, list) else None,
+        }
+        given = {name: size for name, size in sizes.items() if size is not None}
+        if len(set(given.values())) > 1:
+            raise ValueError(f"These must agree on the number of images: {given}.")
+        batch_size = next(iter(given.values()), 1)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        return class_labels, batch_size

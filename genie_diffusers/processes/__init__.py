@@ -1,0 +1,3 @@
+from .variance_preserving import VariancePreserving
+
+__all__ = ["VariancePreserving"]

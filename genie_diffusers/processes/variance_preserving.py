@@ -1,0 +1,237 @@
+"""The variance-preserving diffusion x_t = α_t x_0 + σ_t z, α² + σ² = 1, as smooth functions of a real timestep.
+
+Discrete noise schedules follow diffusers' definitions (Ho et al., 2020; Nichol & Dhariwal, 2021); the continuous
+one is the linear-β SDE of Song et al. (2021), Appendix C.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator, make_interp_spline
+
+# diffusers keeps the last α of a zero-terminal-SNR schedule at this value, so that λ stays finite.
+ZERO_SNR_ALPHA = 2.0**-12
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+class VariancePreserving:
+    """
+    A variance-preserving linear diffusion.
+
+    All functions are vectorised, take and return float64, and are parametrised by the **timestep** t that the network
+    is given. A discrete schedule lives on the integers 0 … N−1 and is extended to the reals in between; t = −1 is
+    clean data (ᾱ = 1). With `continuous=True`, t = (N − 1)·τ with τ in [10⁻³, 1] the time of the SDE.
+
+    Notation: ᾱ = α², γ = σ/α, λ = log(α/σ) = −log γ.
+
+    Args:
+        alphas (`np.ndarray` of shape `(N,)`, *optional*):
+            α at the integer timesteps, strictly decreasing inside (0, 1). Leave out for the analytic process.
+        beta_min, beta_max (`float`):
+            β(τ) = beta_min + (beta_max − beta_min)·τ of the analytic process. Not used when `alphas` is given.
+        num_train_timesteps (`int`):
+            N of the analytic process; its network time is (N − 1)·τ.
+
+    Raises:
+        ValueError: If `alphas` is not strictly decreasing inside (0, 1).
+    """
+
+    #: smallest time of the analytic process, as in Song et al. (2021) and GENIE
+    CONTINUOUS_TIME_MIN = 1e-3
+
+    def __init__(
+        self,
+        alphas: np.ndarray | None = None,
+        *,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        num_train_timesteps: int = 1000,
+    ):
+        self.is_discrete = alphas is not None
+        if alphas is None:
+            self.num_train_timesteps = num_train_timesteps
+            self._beta_min, self._beta_max = beta_min, beta_max
+            self._time_scale = float(num_train_timesteps - 1)
+            self.timestep_max = self._time_scale
+            self.timestep_min = self.CONTINUOUS_TIME_MIN * self._time_scale
+            return
+        alphas = np.asarray(alphas, dtype=np.float64)
+        if alphas.ndim != 1 or not (np.all(np.diff(alphas) < 0) and 0 < alphas[-1] and alphas[0] < 1):
+            raise ValueError("`alphas` must be a strictly decreasing sequence inside (0, 1).")
+        self.num_train_timesteps = len(alphas)
+        self.timestep_min, self.timestep_max = 0.0, float(len(alphas) - 1)
+        # α itself is interpolated: unlike log ᾱ or λ it is smooth at both ends of every schedule, where ᾱ reaches 1
+        # (one knot before the data) and where it reaches 0 (squared-cosine, zero terminal SNR).
+        knots, values = np.arange(-1.0, len(alphas)), np.concatenate([[1.0], alphas])
+        self._alpha = make_interp_spline(knots, values, k=min(5, len(knots) - 1))
+        fine = np.linspace(-1.0, self.timestep_max, 8 * (len(knots) - 1) + 1)
+        if np.any(np.diff(self._alpha(fine)) >= 0):  # a schedule with jumps: monotone before smooth
+            self._alpha = PchipInterpolator(knots, values)
+        self._alpha_dot = self._alpha.derivative()
+
+    @classmethod
+    def from_betas(cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False) -> "VariancePreserving":
+        """
+        The process of a sequence of DDPM variances, ᾱ_t = Π_{s ≤ t} (1 − β_s).
+
+        Args:
+            betas (`np.ndarray` of shape `(N,)`): Variances, each inside (0, 1).
+            rescale_zero_terminal_snr (`bool`):
+                Shift and scale √ᾱ so that the last one is 0 and the first is kept (Lin et al., 2023, Algorithm 1).
+                The last α is then set to 2⁻¹² as in diffusers, or to a quarter of the one before where that is
+                smaller, which keeps the schedule strictly decreasing.
+        """
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or len(betas) < 2 or not np.all((betas > 0) & (betas < 1)):
+            raise ValueError("betas must be a sequence of at least two numbers inside (0, 1).")
+        alphas = np.sqrt(np.cumprod(1.0 - betas))
+        if rescale_zero_terminal_snr:
+            alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
+            alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 4)
+        return cls(alphas)
+
+    @classmethod
+    def from_config(cls, config) -> "VariancePreserving":
+        """
+        The process that a diffusers scheduler configuration describes.
+
+        Args:
+            config (mapping):
+                Reads `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (`"linear"`,
+                `"scaled_linear"`, `"squaredcos_cap_v2"`, `"sigmoid"`), `trained_betas`, `rescale_betas_zero_snr` and
+                `continuous`; missing keys have diffusers' defaults. With `continuous=True` the analytic process has
+                β(τ) = N·(beta_start + (beta_end − beta_start)·τ).
+        """
+        num_train_timesteps = config.get("num_train_timesteps", 1000)
+        beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        beta_schedule = config.get("beta_schedule", "linear")
+        trained_betas = config.get("trained_betas")
+        if config.get("continuous", False):
+            if trained_betas is not None or beta_schedule != "linear" or config.get("rescale_betas_zero_snr", False):
+                raise ValueError(
+                    "`continuous=True` is the analytic process with linear β: it needs `beta_schedule='linear'`, no "
+                    f"`trained_betas` and no `rescale_betas_zero_snr`, got `beta_schedule={beta_schedule!r}`."
+                )
+            return cls(
+                beta_min=num_train_timesteps * beta_start,
+                beta_max=num_train_timesteps * beta_end,
+                num_train_timesteps=num_train_timesteps,
+            )
+        if trained_betas is not None:
+            betas = np.asarray(trained_betas, dtype=np.float64)
+            if len(betas) != num_train_timesteps:
+                raise ValueError(
+                    f"`trained_betas` must hold `num_train_timesteps` = {num_train_timesteps} values, got {len(betas)}."
+                )
+        else:
+            betas = named_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        return cls.from_betas(betas, config.get("rescale_betas_zero_snr", False))
+
+    def alpha(self, timesteps) -> np.ndarray:
+        """α_t, for real `timesteps` (−1 to `timestep_max` for a discrete schedule)."""
+        timesteps = np.asarray(timesteps, dtype=np.float64)
+        if self.is_discrete:
+            return self._alpha(timesteps)
+        return np.exp(-0.5 * self._integral_beta(timesteps / self._time_scale))
+
+    def sigma(self, timesteps) -> np.ndarray:
+        """σ_t = √(1 − α_t²), without cancellation near the data."""
+        if self.is_discrete:
+            alpha = self.alpha(timesteps)
+            return np.sqrt((1.0 - alpha) * (1.0 + alpha))
+        return np.sqrt(-np.expm1(-self._integral_beta(np.asarray(timesteps, dtype=np.float64) / self._time_scale)))
+
+    def gamma(self, timesteps) -> np.ndarray:
+        """γ_t = σ_t/α_t, the noise level that diffusers calls `sigma` in its Karras-type schedulers."""
+        return self.sigma(timesteps) / self.alpha(timesteps)
+
+    def log_snr(self, timesteps) -> np.ndarray:
+        """λ_t = log(α_t/σ_t), half the log signal-to-noise ratio."""
+        return np.log(self.alpha(timesteps) / self.sigma(timesteps))
+
+    def beta(self, timesteps) -> np.ndarray:
+        """β_t = −d log ᾱ/dt, per unit of timestep."""
+        timesteps = np.asarray(timesteps, dtype=np.float64)
+        if self.is_discrete:
+            return -2.0 * self._alpha_dot(timesteps) / self._alpha(timesteps)
+        time = timesteps / self._time_scale
+        return (self._beta_min + (self._beta_max - self._beta_min) * time) / self._time_scale
+
+    def log_snr_derivative(self, timesteps) -> np.ndarray:
+        """dλ/dt = −β/(2σ²), per unit of timestep."""
+        return -self.beta(timesteps) / (2.0 * self.sigma(timesteps) ** 2)
+
+    def timestep(self, log_snr) -> np.ndarray:
+        """
+        The inverse t(λ) of `log_snr`.
+
+        Raises:
+            ValueError: If a λ lies outside the range that the process reaches.
+        """
+        log_snr = np.asarray(log_snr, dtype=np.float64)
+        lower = np.log(self.alpha(self.timestep_max) / self.sigma(self.timestep_max))
+        if np.any(log_snr < lower - 1e-9):
+            raise ValueError(
+                f"`log_snr` must be at least {lower:.6g} (the noisiest timestep), got {log_snr.min():.6g}."
+            )
+        if not self.is_discrete:
+            # ∫β = log(1 + e^{2λ}) − 2λ is a quadratic in τ.
+            integral = np.logaddexp(0.0, -2.0 * log_snr)
+            slope = self._beta_max - self._beta_min
+            time = 2.0 * integral / (self._beta_min + np.sqrt(self._beta_min**2 + 2.0 * slope * integral))
+            return time * self._time_scale
+        # Bisection: t(λ) has an infinite slope at the data, where Newton's method overshoots.
+        low, high = np.full(log_snr.shape, -1.0), np.full(log_snr.shape, self.timestep_max)
+        alpha = 1.0 / np.sqrt(1.0 + np.exp(-2.0 * log_snr))
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            too_clean = self._alpha(middle) > alpha
+            low, high = np.where(too_clean, middle, low), np.where(too_clean, high, middle)
+        return 0.5 * (low + high)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Draw from the marginal: x_t = α_t x_0 + σ_t z.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, ...)`): Clean data x_0.
+            noise (`torch.Tensor` of the same shape): Standard normal noise z.
+            timesteps (`torch.Tensor` of shape `(batch,)`): Timesteps, integer or real.
+        """
+        alpha, sigma = self.coefficients(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def coefficients(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α_t and σ_t as tensors of shape `(batch, 1, ...)` with dtype and device of `like`, from integer or real t."""
+        on_host = timesteps.detach().cpu().double().numpy()
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return tuple(
+            torch.as_tensor(values(on_host), dtype=like.dtype, device=like.device).reshape(shape)
+            for values in (self.alpha, self.sigma)
+        )
+
+    def _integral_beta(self, time: np.ndarray) -> np.ndarray:
+        return self._beta_min * time + 0.5 * (self._beta_max - self._beta_min) * time**2
+
+
+def named_betas(
+    beta_schedule: str, num_train_timesteps: int, beta_start: float = 0.0001, beta_end: float = 0.02
+) -> np.ndarray:
+    """The variances β_t of diffusers' schedules in float64, shape `(num_train_timesteps,)`.
+
+    Raises:
+        ValueError: For a schedule other than `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` and `"sigmoid"`.
+    """
+    if beta_schedule == "linear":
+        return np.linspace(beta_start, beta_end, num_train_timesteps)
+    if beta_schedule == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    if beta_schedule == "squaredcos_cap_v2":
+        edges = np.arange(num_train_timesteps + 1) / num_train_timesteps
+        alphas_cumprod = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+    if beta_schedule == "sigmoid":
+        return beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6, 6, num_train_timesteps)))
+    raise ValueError(f"`beta_schedule` must be one of {', '.join(BETA_SCHEDULES)}, got {beta_schedule!r}.")

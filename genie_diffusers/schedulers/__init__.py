@@ -1,0 +1,3 @@
+from .scheduling_genie import GenieScheduler
+
+__all__ = ["GenieScheduler"]

@@ -1,0 +1,527 @@
+"""The engine that every scheduler of this package shares.
+
+A sampler here is a table: row i holds the weights of the tensors whose sum is the next sample. A scheduler only says
+what the rows are; noise schedule, time grid, conversion of the model output, history, bookkeeping and the contract
+with diffusers' pipelines live here.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+# A pipeline finds a saved component by the names in the module that defines it, so `SchedulerMixin` is imported here
+# and in every module with a scheduler.
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+
+from ..processes import VariancePreserving
+from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
+
+#: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), …
+Column = tuple[str, int]
+#: the weights of one update; what is not named has weight zero
+Row = dict[Column, float]
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+#: configuration keys that the noise schedule depends on
+PROCESS_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "continuous",
+)
+
+#: diffusers' flags for grids in noise level, and our names of them
+SIGMA_GRIDS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "uniform_lambda",
+    "use_lu_lambdas": "uniform_lambda",
+    "use_beta_sigmas": "beta",
+}
+
+
+class TableScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Base of the schedulers: applies a table of weights, computed in float64 when the timesteps are set.
+
+    A subclass implements [`~TableScheduler.row`], sets `data_form` if its rows weigh the data prediction x_0 instead
+    of the noise prediction ε, and has at least the configuration keys of [`GenieScheduler`] that are read here.
+
+    Attributes:
+        timesteps (`torch.Tensor` of shape `(num_inference_steps,)`):
+            What the model is called with: `int64`, or `float32` if `continuous=True`.
+        sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
+            Noise levels γ = σ/α at the timesteps and at the end, float64, on the CPU.
+        table (`list[dict]`):
+            Row i holds the float64 weights of step i, keyed by (tensor, how many steps ago).
+        init_noise_sigma (`float`):
+            What pipelines multiply their initial standard normal noise with.
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    order = 1
+    config_name = "scheduler_config.json"
+
+    #: whether the rows weigh the data prediction x_0 (True) or the noise prediction ε (False)
+    data_form = False
+
+    def __init__(self):
+        self._process: VariancePreserving | None = None
+        self._process_key: tuple | None = None
+        self._slope_source: Any = None
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, dtype=torch.int64)
+        self.sigmas = torch.empty(0, dtype=torch.float64)
+        self.init_noise_sigma = 1.0
+        self.table: list[Row] = []
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+
+    # --- what a solver defines -------------------------------------------------------------------------------------
+
+    def row(self, index: int, known: int) -> Row:
+        """
+        The weights of step `index`, with the predictions of `known` steps at hand, the current one included.
+
+        `self.alphas`, `self.noise_stds`, `self.lambdas` hold α, σ and λ at the visited points and the end.
+        """
+        raise NotImplementedError
+
+    # --- process and time grid -------------------------------------------------------------------------------------
+
+    @property
+    def process(self) -> VariancePreserving:
+        """The diffusion that the configuration describes, as it is now (pipelines may rewrite it)."""
+        values = [self.config.get(key) for key in PROCESS_KEYS]
+        key = tuple(tuple(value) if isinstance(value, (list, np.ndarray)) else value for value in values)
+        if key != self._process_key:
+            self._process, self._process_key = VariancePreserving.from_config(self.config), key
+        return self._process
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ):
+        """
+        Set the timesteps and compute the table of weights. To be called before every sampling run.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                Number of model calls, from 1 to `num_train_timesteps` (one less with the analytical first step, which
+                needs a timestep of its own).
+            device (`str` or `torch.device`, *optional*):
+                Device of `timesteps`.
+            timesteps (`Sequence[int]`, *optional*):
+                Custom strictly decreasing timesteps, instead of `num_inference_steps`.
+            sigmas (`Sequence[float]`, *optional*):
+                Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
+                each is moved to the nearest timestep.
+
+        Raises:
+            ValueError: If not exactly one of the three is given, or if it is out of range.
+        """
+        if sum(value is not None for value in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("`set_timesteps` needs exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        if self.config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {self.config.prediction_type!r}."
+            )
+        first_step_is_free = self.config.analytical_first_step
+        process = self.process
+        if num_inference_steps is not None:
+            points = self._grid(num_inference_steps)
+        else:
+            points = self._custom_points(timesteps, sigmas)
+            if first_step_is_free:
+                points = np.concatenate([[process.timestep_max], points])
+                if points[1] >= points[0]:
+                    raise ValueError(
+                        f"With `analytical_first_step=True` the first of the custom timesteps must be below "
+                        f"{points[0]:g}, where the analytical step starts; got {points[1]:g}."
+                    )
+            if self._end_is_noisy:
+                points = np.concatenate([points, [process.timestep_min]])
+
+        alphas, noise_stds = process.alpha(points), process.sigma(points)
+        if not self._end_is_noisy:
+            alphas, noise_stds = np.append(alphas, 1.0), np.append(noise_stds, 0.0)
+        self.init_noise_sigma = 1.0
+        if first_step_is_free:
+            # GENIE's analytical first step: x̄₁ = x̄₀ + (γ₁ − γ₀)·x_T, with ε(x_T) := x_T and x̄₀ = √(1 + γ₀²)·x_T.
+            gamma_0, gamma_1 = noise_stds[:2] / alphas[:2]
+            self.init_noise_sigma = float(alphas[1] * (np.sqrt(1 + gamma_0**2) + gamma_1 - gamma_0))
+            points, alphas, noise_stds = points[1:], alphas[1:], noise_stds[1:]
+        self.alphas, self.noise_stds = alphas, noise_stds
+        with np.errstate(divide="ignore"):
+            self.lambdas = np.log(alphas) - np.log(noise_stds)
+        self.sigmas = torch.from_numpy(noise_stds / alphas)
+        points = points[: len(alphas) - 1]
+        self._host_timesteps = points.tolist()
+        dtype = torch.int64 if process.is_discrete else torch.float32
+        self.timesteps = torch.from_numpy(points).to(device=device, dtype=dtype)
+        self.num_inference_steps = len(points)
+        self._begin_index = self._step_index = None
+        self._build(begin=0)
+
+    @property
+    def _end_is_noisy(self) -> bool:
+        """Whether sampling ends at the smallest noise level of the process instead of at clean data."""
+        final_sigmas_type = self.config.final_sigmas_type
+        if final_sigmas_type is None:
+            return not self.config.set_alpha_to_one
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"`final_sigmas_type` must be 'zero', 'sigma_min' or None, got {final_sigmas_type!r}.")
+        return final_sigmas_type == "sigma_min"
+
+    def _grid(self, num_inference_steps: int) -> np.ndarray:
+        """The timesteps of the analytical first step, of the model calls and, if it is noisy, of the end."""
+        process = self.process
+        free = int(self.config.analytical_first_step)
+        largest = process.num_train_timesteps - free
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
+            raise ValueError(f"`num_inference_steps` must be an integer, got {num_inference_steps!r}.")
+        if not 1 <= num_inference_steps <= largest:
+            limit = "`num_train_timesteps`" + (" less the analytical first step" if free else "")
+            raise ValueError(
+                f"`num_inference_steps` must be between 1 and {largest} ({limit}), got {num_inference_steps}."
+            )
+        visited = num_inference_steps + free
+        name = self.config.time_grid or next(
+            (name for flag, name in SIGMA_GRIDS.items() if self.config.get(flag)), self.config.timestep_spacing
+        )
+        if name in TIMESTEP_SPACINGS:
+            points = spaced_timesteps(process, name, visited, self.config.steps_offset)
+        else:
+            points = time_grid(process, name, visited + int(self._end_is_noisy))[:visited]
+        if process.is_discrete:
+            points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
+        return np.append(points, process.timestep_min) if self._end_is_noisy else points
+
+    def _custom_points(self, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None) -> np.ndarray:
+        process = self.process
+        name = "timesteps" if timesteps is not None else "sigmas"
+        given = timesteps if timesteps is not None else sigmas
+        points = np.asarray(given.cpu() if torch.is_tensor(given) else given, dtype=np.float64)
+        if points.ndim != 1 or len(points) == 0:
+            raise ValueError(f"`{name}` must be a sequence of at least one number, got {given}.")
+        if timesteps is None:
+            points = process.timestep(-np.log(points))
+            points = np.round(points) if process.is_discrete else points
+        elif process.is_discrete and np.any(points != np.round(points)):
+            raise ValueError(f"`timesteps` must be integers, got {given}.")
+        # 1e-6: a real timestep that went through float32
+        low, high = process.timestep_min * (1 - 1e-6), process.timestep_max * (1 + 1e-6)
+        if np.any(np.diff(points) >= 0) or points[0] > high or points[-1] < low:
+            raise ValueError(
+                f"`{name}` must strictly decrease and lie between the timesteps {process.timestep_max:g} and "
+                f"{process.timestep_min:g}; got {given}, which are the timesteps {points.tolist()}."
+            )
+        return points
+
+    # --- the table -------------------------------------------------------------------------------------------------
+
+    def _build(self, begin: int):
+        """Compute all rows for a run that starts at step `begin`, and forget the history."""
+        self._built_for = begin
+        if self._slope_source is not None and hasattr(self._slope_source, "bind"):
+            self._slope_source.bind(self.process, self.config.prediction_type)
+        steps = range(self.num_inference_steps)
+        self.table = [self.row(i, max(i - begin, 0) + 1) for i in steps]
+        depth = {
+            kind: max((lag for row in self.table for what, lag in row if what == kind), default=0)
+            for kind in ("prediction", "slope")
+        }
+        self._predictions: deque = deque(maxlen=depth["prediction"] + 1)
+        self._slopes: deque = deque(maxlen=depth["slope"] + 1)
+        self._clips = bool(self.config.clip_sample or self.config.thresholding)
+        # All conversions of the model output are linear in (sample, output), so they are rows as well.
+        to_data = [self._conversion(i, to_data=True) for i in steps]
+        to_noise = [self._conversion(i, to_data=False) for i in steps]
+        back = [self._data_to_noise(i) for i in steps]
+        self._rows = {"step": self.table, "to_data": to_data, "to_noise": to_noise, "data_to_noise": back}
+        self._device_rows: dict = {}
+
+    def _conversion(self, index: int, to_data: bool) -> Row:
+        """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0."""
+        alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
+        weights = {
+            ("epsilon", True): (1 / alpha, -sigma / alpha),
+            ("epsilon", False): (0.0, 1.0),
+            ("sample", True): (0.0, 1.0),
+            ("sample", False): (1 / sigma, -alpha / sigma),
+            ("v_prediction", True): (alpha, -sigma),
+            ("v_prediction", False): (sigma, alpha),
+        }
+        of_sample, of_output = weights[self.config.prediction_type, to_data]
+        return {("sample", 0): of_sample, ("output", 0): of_output}
+
+    def _data_to_noise(self, index: int) -> Row:
+        alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
+        return {("sample", 0): 1 / sigma, ("data", 0): -alpha / sigma}
+
+    def _apply(self, name: str, index: int, tensors: dict[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Σ weight · tensor over row `index` of the rows `name`, in at least float32."""
+        reference = tensors["sample"][0]
+        dtype = torch.promote_types(reference.dtype, torch.float32)
+        rows = self._rows_on(name, reference.device, dtype)[index]
+        total = None
+        for (what, lag), weight in rows:
+            tensor = tensors[what][lag]
+            if weight is None:  # weight one
+                total = tensor if total is None else total + tensor
+            else:
+                total = tensor.to(dtype) * weight if total is None else torch.addcmul(total, tensor, weight)
+        return total
+
+    def _rows_on(self, name: str, device: torch.device, dtype: torch.dtype) -> list:
+        """The rows as zero-dimensional tensors where the sample is: one transfer a run, none a step."""
+        key = (name, device, dtype)
+        if key not in self._device_rows:
+            flat = [weight for row in self._rows[name] for weight in row.values() if weight != 0.0]
+            weights = iter(torch.tensor(flat, dtype=torch.float64).to(device=device, dtype=dtype).unbind())
+            self._device_rows[key] = [
+                [(column, (next(weights), None)[weight == 1.0]) for column, weight in row.items() if weight != 0.0]
+                for row in self._rows[name]
+            ]
+        return self._device_rows[key]
+
+    # --- stepping --------------------------------------------------------------------------------------------------
+
+    def attach(self, source: Callable | None):
+        """
+        Give the scheduler a source of dε/dλ, the slope of the noise prediction along the probability-flow ODE.
+
+        Args:
+            source:
+                A model with a derivative head ([`GenieUNet2DModel`]), an [`ExactSlope`], any callable
+                `source(sample, noise_prediction, timestep, *, step, history_slope) -> slope`, or `None` to detach.
+                `timestep` is a float, `step` the step in λ that is about to be taken (infinite for the last one to
+                clean data), `history_slope` the slope through this and the previous prediction, `None` at the
+                start. The slope has the shape of `sample`. A method `bind(process, prediction_type)` of the source,
+                if there is one, is called whenever the timesteps are set, and raises if the two do not fit.
+
+        An attachment is not part of the configuration: attach again after `from_config` or loading.
+        """
+        source = getattr(source, "slope_source", source)
+        if source is not None and not callable(source):
+            raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
+        if hasattr(source, "bind"):
+            source.bind(self.process, self.config.prediction_type)
+        self._slope_source = source
+        if self.num_inference_steps is not None:
+            self._build(self._built_for)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> SchedulerOutput | tuple:
+        """
+        Take one step along the reverse diffusion.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, ...)`):
+                What the model returned for `sample`, in the configured `prediction_type`.
+            timestep (`float` or `torch.Tensor`):
+                The current timestep. A number or CPU tensor is checked against the run's timesteps; on an
+                accelerator only the first one of a run is read, and only if no begin index was set.
+            sample (`torch.Tensor` of the same shape):
+                The current sample x_t. Edits made between steps are kept.
+            generator (`torch.Generator` or list of them, *optional*):
+                Accepted as by every diffusers scheduler; deterministic samplers draw nothing from it.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`~schedulers.scheduling_utils.SchedulerOutput`] or a tuple.
+            kwargs:
+                Only what DDIM pipelines pass: `eta=0` and `use_clipped_model_output=None` or `False`.
+
+        Raises:
+            ValueError:
+                If the timesteps are not set, all steps are taken, `timestep` is not the one whose turn it is, or the
+                shapes differ.
+        """
+        self._refuse_options(kwargs)
+        index = self._locate(timestep)
+        model_output = self._without_variance(model_output, sample)
+        self._remember(model_output, sample, index)
+        tensors = {"sample": (sample,), "prediction": self._predictions, "slope": self._slopes}
+        prev_sample = self._apply("step", index, tensors).to(sample.dtype)
+        self._step_index += 1
+        if self._step_index == self.num_inference_steps:
+            self._predictions.clear()
+            self._slopes.clear()
+        if not return_dict:
+            return (prev_sample,)
+        return SchedulerOutput(prev_sample=prev_sample)
+
+    def _remember(self, model_output: torch.Tensor, sample: torch.Tensor, index: int):
+        """Put the current prediction, and its slope if there is a source, in front of the history."""
+        given = {"sample": (sample,), "output": (model_output,)}
+        noise = None
+        if self._clips:
+            data = self._clip(self._apply("to_data", index, given))
+            prediction = data
+            if not self.data_form:
+                noise = self._apply("data_to_noise", index, {"sample": (sample,), "data": (data,)})
+                prediction = noise
+        else:
+            prediction = self._apply("to_data" if self.data_form else "to_noise", index, given)
+            noise = None if self.data_form else prediction
+        # History in the model's precision; sums are formed in at least float32.
+        self._predictions.appendleft(prediction.to(model_output.dtype))
+        if ("slope", 0) in self.table[index]:
+            noise = self._apply("to_noise", index, given) if noise is None else noise
+            self._slopes.appendleft(self._slope(sample, noise, index))
+
+    def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
+        slope = self._slope_source(
+            sample,
+            noise.to(sample.dtype),
+            self._host_timesteps[index],
+            step=float(self.lambdas[index + 1] - self.lambdas[index]),
+            history_slope=None,
+        )
+        if slope.shape != sample.shape:
+            raise ValueError(
+                f"The slope source must return the shape {tuple(sample.shape)} of `sample`, got {tuple(slope.shape)}."
+            )
+        return slope
+
+    def _clip(self, data: torch.Tensor) -> torch.Tensor:
+        """Clip x_0 to ±`clip_sample_range`, or threshold it dynamically (Saharia et al., 2022, Section 2.3)."""
+        if not self.config.thresholding:
+            return data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        magnitude = data.abs().flatten(1).float()
+        scale = torch.quantile(magnitude, self.config.dynamic_thresholding_ratio, dim=1)
+        scale = scale.clamp(1.0, max(1.0, self.config.sample_max_value))
+        scale = scale.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 1))
+        return torch.clamp(data, -scale, scale) / scale
+
+    def _without_variance(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        if self.config.variance_type in ("learned", "learned_range") and sample.ndim > 1:
+            model_output = model_output[:, : sample.shape[1]]
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must have the shape {tuple(sample.shape)} of `sample`, got "
+                f"{tuple(model_output.shape)}. A model that also predicts variances needs `variance_type='learned'` "
+                "or 'learned_range' in the scheduler's configuration."
+            )
+        return model_output
+
+    def _refuse_options(self, options: dict):
+        """`DDIMPipeline` passes its own options to every scheduler; only their neutral values mean something here."""
+        for name, value in options.items():
+            if name not in ("eta", "use_clipped_model_output"):
+                raise TypeError(f"`{type(self).__name__}.step` has no argument {name!r}.")
+            if value:
+                raise ValueError(f"`{name}` must be left at its default for `{type(self).__name__}`, got {value}.")
+
+    def _locate(self, timestep: float | torch.Tensor) -> int:
+        """The index of this step, checked against the timestep where that needs no synchronisation."""
+        if self.num_inference_steps is None:
+            raise ValueError("`set_timesteps` must be called before `step`.")
+        if self._step_index is None:
+            self._step_index = self._begin_index
+            if self._step_index is None:
+                self._step_index = self.index_for_timestep(timestep)
+            if self._step_index != self._built_for:
+                self._build(self._step_index)
+        if self._step_index >= self.num_inference_steps:
+            raise ValueError(
+                f"All {self.num_inference_steps} steps are taken; call `set_timesteps` before sampling again."
+            )
+        if not torch.is_tensor(timestep) or timestep.device.type == "cpu":
+            expected = self._host_timesteps[self._step_index]
+            if np.float32(_as_float(timestep)) != np.float32(expected):
+                raise ValueError(
+                    f"`timestep` must be {expected:g}, whose turn it is (step {self._step_index} of "
+                    f"{self.num_inference_steps}), got {_as_float(timestep):g}. To start elsewhere, call "
+                    "`set_timesteps` and `set_begin_index`."
+                )
+        return self._step_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """
+        The step at which the model is called with `timestep`.
+
+        Raises:
+            ValueError: If no step is.
+        """
+        value = np.float32(_as_float(timestep))
+        matches = [i for i, visited in enumerate(self._host_timesteps) if np.float32(visited) == value]
+        if not matches:
+            visited = ", ".join(f"{visited:g}" for visited in self._host_timesteps)
+            raise ValueError(f"`timestep` must be one of the timesteps of this run ({visited}), got {value:g}.")
+        return matches[0]
+
+    @property
+    def step_index(self) -> int | None:
+        """How many steps are taken, `None` before the first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The first step of the run, set by pipelines that start mid-way, such as image-to-image."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0):
+        """
+        Start the run at step `begin_index`.
+
+        Raises:
+            ValueError: If there is no such step, or the timesteps are not set.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("`set_timesteps` must be called before `set_begin_index`.")
+        if not 0 <= begin_index < self.num_inference_steps:
+            raise ValueError(f"`begin_index` must be between 0 and {self.num_inference_steps - 1}, got {begin_index}.")
+        self._begin_index = int(begin_index)
+        self._step_index = None
+        if self._begin_index != self._built_for:
+            self._build(self._begin_index)
+
+    # --- the forward process ---------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return `sample`: variance-preserving models take it as it is."""
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """α_t x_0 + σ_t z, for timesteps of shape `(batch,)`."""
+        return self.process.add_noise(original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = α_t z − σ_t x_0 (Salimans & Ho, 2022), for clean `sample` x_0 and timesteps of shape `(batch,)`."""
+        alpha, sigma = self.process.coefficients(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ at the integer timesteps, float32, as diffusers' training scripts and some pipelines read it."""
+        if not self.process.is_discrete:
+            raise AttributeError("a process with `continuous=True` has no `alphas_cumprod`")
+        return torch.from_numpy(self.process.alpha(np.arange(self.process.num_train_timesteps)) ** 2).float()
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _as_float(timestep: float | torch.Tensor) -> float:
+    if torch.is_tensor(timestep):
+        if timestep.numel() != 1:
+            raise ValueError(f"`timestep` must be a single number, got a tensor of shape {tuple(timestep.shape)}.")
+        return float(timestep.item())
+    return float(timestep)

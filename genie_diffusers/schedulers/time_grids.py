@@ -1,0 +1,87 @@
+"""Where a sampler calls the model: grids of timesteps between the noisiest and the cleanest one."""
+
+import numpy as np
+from scipy.stats import beta as beta_distribution
+
+from ..processes import VariancePreserving
+
+#: diffusers' own spacings of integer timesteps (Lin et al., 2023, Table 2)
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+#: grids that reach both ends of the process
+TIME_GRIDS = ("linear", "quadratic", "uniform_lambda", "karras", "beta")
+
+
+def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.ndarray:
+    """
+    `num_points` real timesteps, decreasing from `process.timestep_max` to `process.timestep_min`.
+
+    Args:
+        process ([`VariancePreserving`]): The diffusion.
+        name (`str`): What is spaced evenly:
+            - `"linear"`: t (GENIE, linear striding);
+            - `"quadratic"`: √t (GENIE, quadratic striding);
+            - `"uniform_lambda"`: λ = log(α/σ) (Lu et al., 2022), which diffusers also calls exponential sigmas;
+            - `"karras"`: γ^{1/7}, γ = σ/α (Karras et al., 2022, Eq. 5);
+            - `"beta"`: γ at the quantiles of Beta(0.6, 0.6) between its ends (Lee et al., 2024).
+        num_points (`int`): At least 1; a single point is the noisiest one.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    ramp = np.linspace(0.0, 1.0, num_points)
+    first, last = process.timestep_max, process.timestep_min
+    if name == "linear":
+        return first + ramp * (last - first)
+    if name == "quadratic":
+        return (np.sqrt(first) + ramp * (np.sqrt(last) - np.sqrt(first))) ** 2
+    gamma_max, gamma_min = process.gamma(first), process.gamma(last)
+    if name == "uniform_lambda":
+        log_gamma = np.log(gamma_max) + ramp * (np.log(gamma_min) - np.log(gamma_max))
+    elif name == "karras":
+        rho = 7.0
+        log_gamma = rho * np.log(gamma_max ** (1 / rho) + ramp * (gamma_min ** (1 / rho) - gamma_max ** (1 / rho)))
+    elif name == "beta":
+        log_gamma = np.log(gamma_min + beta_distribution.ppf(1.0 - ramp, 0.6, 0.6) * (gamma_max - gamma_min))
+    else:
+        raise ValueError(f"`time_grid` must be one of {', '.join(TIME_GRIDS + TIMESTEP_SPACINGS)}, got {name!r}.")
+    timesteps = process.timestep(-log_gamma)
+    # The ends are known exactly; the inversion is only accurate to rounding.
+    timesteps[0], timesteps[num_points - 1 :] = first, last if num_points > 1 else first
+    return timesteps
+
+
+def spaced_timesteps(process: VariancePreserving, spacing: str, num_points: int, steps_offset: int = 0) -> np.ndarray:
+    """
+    `num_points` decreasing timesteps in one of diffusers' spacings, as its multistep solvers define them.
+
+    Args:
+        process ([`VariancePreserving`]): The diffusion.
+        spacing (`str`): `"linspace"`, `"leading"` or `"trailing"`.
+        num_points (`int`): At least 1.
+        steps_offset (`int`): Added to `"leading"` timesteps.
+
+    Raises:
+        ValueError: For an unknown spacing, or `"leading"` on a process without integer timesteps.
+    """
+    count = process.num_train_timesteps
+    if spacing == "linspace":
+        return np.linspace(process.timestep_min, process.timestep_max, num_points + 1)[:0:-1]
+    if spacing == "trailing":
+        ends = count - np.arange(num_points) * (count / num_points)
+        return np.round(ends) - 1 if process.is_discrete else ends / count * process.timestep_max
+    if spacing == "leading":
+        if not process.is_discrete:
+            raise ValueError("`timestep_spacing='leading'` counts integer timesteps, which `continuous=True` has not.")
+        stride = max(1, count // (num_points + 1))
+        return np.arange(num_points, 0, -1) * stride + steps_offset
+    raise ValueError(f"`timestep_spacing` must be one of {', '.join(TIMESTEP_SPACINGS)}, got {spacing!r}.")
+
+
+def distinct_integers(timesteps: np.ndarray, largest: int) -> np.ndarray:
+    """Round to integers inside [0, largest] that strictly decrease, moving as few as possible."""
+    rounded = np.clip(np.round(timesteps), 0, largest).astype(np.int64)
+    ramp = np.arange(len(rounded))
+    # strictly decreasing ⇔ t_i + i is non-increasing; the first pass moves up what collides, the second moves down
+    # what the first pushed past the largest.
+    rounded = np.maximum.accumulate((rounded + ramp)[::-1])[::-1] - ramp
+    return np.minimum(rounded, largest - ramp)
