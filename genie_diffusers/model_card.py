@@ -44,8 +44,9 @@ def create_model_card(
         pipeline_tag="unconditional-image-generation",
         tags=["diffusers", "genie_diffusers"],
     )
-    # A vertical bar would end the cell.
-    rows = "\n".join(f"| {fact} | {str(value).replace('|', chr(92) + '|')} |" for fact, value in facts.items())
+    # A vertical bar would end a cell.
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in facts.items()]
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in cells)
     sections = [
         f"# {name}\n\n{description.strip()}",
         "\n\n".join(f"![{caption}]({path})\n\n*{caption}*" for path, caption in pictures.items()),

@@ -1,0 +1,196 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import train_genie_head
+import training_utils
+from genie_diffusers import DerivativeHead, ExactSlope, GeniePipeline, GenieScheduler, GenieUNet2DModel
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NULL_CLASS = 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A class-conditional model with attention and random weights, as a pipeline folder."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        num_class_embeds=NULL_CLASS + 1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    GeniePipeline(unet, GenieScheduler()).save_pretrained(folder)
+    return folder
+
+
+def parse(base, data, output_dir, **named):
+    named = {
+        "pretrained_model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": output_dir,
+        "cache_dir": output_dir.parent / "cache",
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "lr_warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "validation_samples": 10,
+        "num_inference_steps": 2,
+        "report_to": "none",
+    } | named
+    return train_genie_head.parse_args([str(part) for name, value in named.items() for part in (f"--{name}", value)])
+
+
+def train(*args, **named):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_genie_head.main(parse(*args, **named))
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    return {step: loss for step, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")}
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("run") / "head"
+    train(base, data, output_dir, max_guidance_scale=3.0, checkpointing_steps=3)
+    return output_dir
+
+
+def points(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "images": torch.rand((count, 3, 8, 8), generator=generator) * 2 - 1,
+        "noise": torch.randn((count, 3, 8, 8), generator=generator),
+        "times": torch.rand(count, generator=generator, dtype=torch.float64),
+        "choices": torch.rand((count, 2), generator=generator, dtype=torch.float64),
+        "labels": torch.randint(0, NULL_CLASS, (count,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("max_guidance_scale", [1.0, 3.0])
+def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, prediction_type, max_guidance_scale):
+    plain = UNet2DModel.from_pretrained(base, subfolder="unet").eval()
+    unet = GenieUNet2DModel.from_unet(plain, DerivativeHead.for_unet(plain))
+    scheduler = GenieScheduler(prediction_type=prediction_type)
+    process, batch = scheduler.process, points(24)
+    distillation = train_genie_head.SlopeDistillation(
+        unet, process, prediction_type, NULL_CLASS, max_guidance_scale, branch_dropout=0.4
+    )
+    inputs, slope = distillation(batch, torch.device("cpu"))
+
+    exact = ExactSlope(plain)
+    exact.bind(process, prediction_type)
+    branches = set()
+    for i in range(24):
+        timestep = int(batch["times"][i] * 1000)
+        alpha, sigma = float(process.alpha(timestep)), float(process.sigma(timestep))
+        sample = alpha * batch["images"][i : i + 1] + sigma * batch["noise"][i : i + 1]
+        label, null = batch["labels"][i : i + 1], torch.tensor([NULL_CLASS])
+        u_branch, u_scale = batch["choices"][i].tolist()
+        scale = 1 + (max_guidance_scale - 1) * max(0.0, 2 * u_scale - 1)
+        own, other = (null, label) if u_branch < 0.4 else (label, null)
+        branches.add((u_branch < 0.4, scale > 1))
+
+        def noise(class_label, sample=sample, timestep=timestep, alpha=alpha, sigma=sigma):
+            with torch.no_grad():
+                out = plain(sample, torch.tensor(timestep), class_labels=class_label).sample
+            if prediction_type == "epsilon":
+                return out
+            return (
+                alpha * out + sigma * sample if prediction_type == "v_prediction" else (sample - alpha * out) / sigma
+            )
+
+        direction = noise(own) if scale == 1 else noise(null) + scale * (noise(label) - noise(null))
+        torch.testing.assert_close(inputs["sample"][i : i + 1], sample)
+        torch.testing.assert_close(inputs["noise_prediction"][i : i + 1], direction, rtol=1e-3, atol=1e-3)
+        noise(other)
+        noise(own)  # the last call is the one that is differentiated
+        expected = exact(sample, direction, float(timestep))
+        torch.testing.assert_close(slope[i : i + 1], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    assert len(branches) == (4 if max_guidance_scale > 1 else 2), "a case is missing from the points"
+
+
+def test_a_head_learns_the_slope_of_held_out_pictures(base, data, tmp_path):
+    train(base, data, tmp_path / "head", max_train_steps=80, train_batch_size=16, ema_max_decay=0.9)
+    facts = ModelCard.load(tmp_path / "head" / "README.md").text
+    errors = facts.split("Held-out relative error of dε/dλ | ")[1].split(" (")[0].split(", ")
+    assert np.mean([float(error) for error in errors]) < 0.9, "no better than no slope at all"
+
+
+def test_a_resumed_run_has_the_losses_and_the_head_of_an_uninterrupted_one(base, data, trained, tmp_path):
+    resumed = tmp_path / "head"
+    arguments = {"max_guidance_scale": 3.0, "checkpointing_steps": 3}
+    # A schedule that does not depend on the number of steps, so that the first part can be run alone.
+    for output_dir, last in ((tmp_path / "whole", 6), (resumed, 3)):
+        train(base, data, output_dir, lr_scheduler="constant", max_train_steps=last, **arguments)
+    train(base, data, resumed, lr_scheduler="constant", resume_from_checkpoint="latest", **arguments)
+    assert losses(resumed) == losses(tmp_path / "whole")
+    heads = [DerivativeHead.from_pretrained(folder) for folder in (resumed, tmp_path / "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(head.parameters() for head in heads), strict=True))
+
+
+def test_result_is_a_head_that_loads_onto_its_base_in_a_fresh_process(base, trained):
+    code = (
+        "import sys\n"
+        "from diffusers import UNet2DModel\n"
+        "from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel\n"
+        "unet = UNet2DModel.from_pretrained(sys.argv[1], subfolder='unet')\n"
+        "unet = GenieUNet2DModel.from_unet(unet, derivative_head=sys.argv[2])\n"
+        "pipeline = GeniePipeline(unet, GenieScheduler.from_pretrained(sys.argv[1], subfolder='scheduler'))\n"
+        "print(pipeline(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3).images[0].size)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(base), str(trained)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[-2] == "(8, 8)"
+    assert "distilled from other weights" not in run.stderr
+
+
+def test_head_is_published_without_the_base_and_notes_what_it_is_for(base, trained):
+    head = DerivativeHead.from_pretrained(trained)
+    assert head.config.process["num_train_timesteps"] == 1000
+    assert head.config.prediction_type == "epsilon"
+    assert len(head.config.fingerprint) == 8
+    assert not any((trained / name).exists() for name in ("unet", "model_index.json"))
+
+
+def test_card_shows_the_error_by_noise_level_and_how_to_use_the_head(trained):
+    card = ModelCard.load(trained / "README.md")
+    assert 'derivative_head="head"' in card.text
+    for name in ("samples.png", "loss.png", "error.png"):
+        assert f"({name})" in card.text
+        Image.open(trained / name).verify()
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"max_guidance_scale": 0.5}, "`--max_guidance_scale` must be at least 1"),
+        ({"resolution": 16}, "`--resolution` must be 8"),
+        ({"validation_samples": 40}, "`--validation_samples` must be between 1 and 39, got 40"),
+        ({"derivative_head": "anything", "head_width": 8}, "`--head_width` is that of `--derivative_head`"),
+    ],
+)
+def test_bad_input_is_refused(base, data, tmp_path, named, message):
+    with pytest.raises(ValueError, match=message):
+        train(base, data, tmp_path / "head", **named)

@@ -1,0 +1,402 @@
+"""
+Distil the slope of a diffusion model's noise prediction into a small derivative head (GENIE, Dockhorn et al., 2022).
+
+The denoiser is frozen. The target is dε/dλ along the probability-flow ODE, by one forward-mode pass over sample and
+time together. The result is a head: a folder of its own with a card; see README.md here for examples.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from genie_diffusers import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel, VariancePreserving
+from genie_diffusers.model_card import create_model_card
+from genie_diffusers.models.exact_slope import forward_mode, slope_of_noise, to_noise_prediction
+from training_utils import (
+    RunLog,
+    TrainingStream,
+    add_data_arguments,
+    add_training_arguments,
+    hub_id,
+    launch_command,
+    load_checkpoint,
+    load_pictures,
+    push_to_hub,
+    save_checkpoint,
+    start_accelerator,
+    total_batch_size,
+    training_batches,
+)
+
+logger = get_logger(__name__)
+
+#: noise levels at which the held-out error is reported: equal parts of the training timesteps
+ERROR_BINS = 10
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Distil a derivative head for a diffusion model.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` and a scheduler.",
+    )
+    parser.add_argument("--derivative_head", help="Start from this head: Hub id or folder. Default: a new one.")
+    parser.add_argument("--head_width", type=int, help="Channels inside a new head. Default: half the UNet's.")
+    parser.add_argument(
+        "--max_guidance_scale",
+        type=float,
+        default=1.0,
+        help="Distil along guided paths too, with scales drawn from 1 up to this one. For class-conditional models.",
+    )
+    parser.add_argument("--validation_samples", type=int, default=512, help="Pictures held out of the data.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Model calls of the sample grid.")
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    parser.set_defaults(label_dropout=0.25)
+    return parser.parse_args(argv)
+
+
+class SlopeDistillation:
+    """
+    Draws points on the paths of the probability-flow ODE and labels them with the slope there.
+
+    Args:
+        unet ([`GenieUNet2DModel`]): The frozen denoiser.
+        process ([`VariancePreserving`]): Its diffusion.
+        prediction_type (`str`): What it predicts.
+        null_class (`int`, *optional*): The class of the unconditional branch.
+        max_guidance_scale (`float`): Largest weight of classifier-free guidance.
+        branch_dropout (`float`): Share of points labelled for the unconditional branch.
+    """
+
+    def __init__(
+        self,
+        unet: GenieUNet2DModel,
+        process: VariancePreserving,
+        prediction_type: str,
+        null_class: int | None,
+        max_guidance_scale: float,
+        branch_dropout: float,
+    ):
+        self.unet, self.process, self.prediction_type, self.null_class = unet, process, prediction_type, null_class
+        self.max_guidance_scale, self.branch_dropout = max_guidance_scale, branch_dropout
+
+    def timesteps(self, times: torch.Tensor) -> torch.Tensor:
+        """Timesteps from `times` uniform on [0, 1): those the denoiser was trained at."""
+        if self.process.is_discrete:
+            return (times * self.process.num_train_timesteps).long()
+        return self.process.timestep_min + times * (self.process.timestep_max - self.process.timestep_min)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, torch.Tensor], device: torch.device) -> tuple[dict, torch.Tensor]:
+        """
+        The inputs of the head and the slope it is to predict.
+
+        Args:
+            batch: From the training stream: `"images"`, `"noise"`, `"times"`, `"choices"` (two uniform numbers a
+                sample) and, for class-conditional models, `"labels"`.
+            device: Where the denoiser is.
+        """
+        timesteps = self.timesteps(batch["times"])
+        images, noise = (batch[name].to(device, non_blocking=True) for name in ("images", "noise"))
+        alpha, sigma = self.process.coefficients(timesteps, images)
+        sample = alpha * images + sigma * noise
+        t_dot = torch.from_numpy(1.0 / self.process.log_snr_derivative(timesteps.numpy())).float().to(device)
+        timesteps = timesteps.to(device)
+
+        labels, other = self._branches(batch, device)
+        noise_prediction = self._predict(sample, timesteps, labels, alpha, sigma)
+        features, time_embedding = self.unet.last_call["features"], self.unet.last_call["time_embedding"]
+        if other is not None:
+            # The point moves along the guided path, whichever of its two branches is differentiated.
+            class_branch, scale = other["labelled"], other["scale"]
+            other_prediction = self._predict(sample, timesteps, other["labels"], alpha, sigma)
+            null = torch.where(class_branch, other_prediction, noise_prediction)
+            conditional = torch.where(class_branch, noise_prediction, other_prediction)
+            unguided = noise_prediction
+            noise_prediction = torch.where(scale == 1.0, unguided, null + scale * (conditional - null))
+        velocity = sigma**2 * sample - sigma * noise_prediction
+
+        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(x, t, class_labels=labels).sample
+
+        with forward_mode(self.unet):
+            output, output_dot = torch.func.jvp(denoise, (sample, timesteps.float()), (velocity, t_dot))
+        slope = slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self.prediction_type)
+        inputs = {
+            "sample": sample,
+            "noise_prediction": noise_prediction,
+            "features": features,
+            "time_embedding": time_embedding,
+            "alpha": alpha,
+            "sigma": sigma,
+        }
+        return inputs, slope
+
+    def _predict(self, sample, timesteps, labels, alpha, sigma) -> torch.Tensor:
+        output = self.unet(sample, timesteps, class_labels=labels).sample
+        return to_noise_prediction(output, sample, alpha, sigma, self.prediction_type)
+
+    def _branches(
+        self, batch: dict[str, torch.Tensor], device: torch.device
+    ) -> tuple[torch.Tensor | None, dict | None]:
+        """The labels of the branches to differentiate, and what their guided path is made of, if any is guided."""
+        if self.null_class is None:
+            return None, None
+        branch, guidance = batch["choices"].T.to(device)
+        true_labels = batch["labels"].to(device)
+        null = torch.full_like(true_labels, self.null_class)
+        labelled = branch >= self.branch_dropout
+        labels = torch.where(labelled, true_labels, null)
+        if self.max_guidance_scale == 1.0:
+            return labels, None
+        # Half of the points follow their own path, the rest guided ones with a scale uniform up to the largest.
+        scale = 1.0 + (self.max_guidance_scale - 1.0) * (2.0 * guidance - 1.0).clamp_min(0.0)
+        shape = (-1, 1, 1, 1)
+        return labels, {
+            "labels": torch.where(labelled, null, true_labels),
+            "labelled": labelled.reshape(shape),
+            "scale": scale.reshape(shape).float(),
+        }
+
+
+@torch.no_grad()
+def held_out_error(
+    distillation: SlopeDistillation, head: DerivativeHead, stream: TrainingStream, count: int, batch_size: int, device
+) -> np.ndarray:
+    """Relative error ‖k − dε/dλ‖/‖dε/dλ‖ in each of `ERROR_BINS` equal parts of the training timesteps."""
+    squares = np.zeros((2, ERROR_BINS))
+    for start in range(0, count, batch_size):
+        batch = stream.__getitems__(list(range(start, min(start + batch_size, count))))
+        inputs, slope = distillation(batch, device)
+        error = (head(**inputs) - slope).double().square().flatten(1).sum(1).cpu().numpy()
+        energy = slope.double().square().flatten(1).sum(1).cpu().numpy()
+        bins = (batch["times"].numpy() * ERROR_BINS).astype(int)
+        for row, values in zip(squares, (error, energy), strict=True):
+            np.add.at(row, bins, values)
+    return np.sqrt(squares[0] / np.maximum(squares[1], np.finfo(float).tiny))
+
+
+def plot_error(error: np.ndarray, process: VariancePreserving, path) -> None:
+    """The held-out error against the noise level of the middle of each bin."""
+    import matplotlib.figure
+
+    span = process.timestep_max - process.timestep_min
+    middles = process.timestep_min + (np.arange(ERROR_BINS) + 0.5) / ERROR_BINS * span
+    figure = matplotlib.figure.Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(process.log_snr(middles), error, marker="o")
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.annotate("no slope at all", (0.02, 1.0), xycoords=("axes fraction", "data"), va="bottom", color="grey")
+    axes.set(xlabel="λ = log(α/σ)", ylabel="relative error of dε/dλ", ylim=(0, 1.15))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def sample_grid(unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.Namespace) -> Image.Image:
+    """Two rows of pictures from the same noise: with the head, and head-free."""
+    classes = unet.config.num_class_embeds
+    condition = {"class_labels": [i % (classes - 1) for i in range(8)]} if classes is not None else {"batch_size": 8}
+    images = []
+    for has_head in (True, False):
+        scheduler = GenieScheduler.from_config(scheduler_config, time_grid="quadratic", clip_sample=False)
+        pipeline = GeniePipeline(unet, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        if not has_head:
+            scheduler.attach(None)
+        generator = torch.Generator().manual_seed(args.seed)
+        images += pipeline(generator=generator, num_inference_steps=args.num_inference_steps, **condition).images
+    return make_image_grid(images, 2, 8)
+
+
+def write_card(args: argparse.Namespace, facts: dict) -> None:
+    repository = args.hub_model_id or args.output_dir.name
+    base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
+    card = create_model_card(
+        repository,
+        "A derivative head for GENIE (https://huggingface.co/papers/2210.05475), distilled with genie_diffusers: it "
+        f"predicts how the noise prediction of the denoiser of {base} changes along the sampling path, so that "
+        "`GenieScheduler` takes second-order steps at one model call each.",
+        usage=(
+            "from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel\n"
+            "from diffusers import DiffusionPipeline\n\n"
+            f'base = DiffusionPipeline.from_pretrained("{base}")\n'
+            f'unet = GenieUNet2DModel.from_unet(base.unet, derivative_head="{repository}")\n'
+            'scheduler = GenieScheduler.from_config(base.scheduler.config, time_grid="quadratic")\n'
+            "images = GeniePipeline(unet, scheduler)(num_inference_steps=10).images"
+        ),
+        facts=facts,
+        command=launch_command(),
+        pictures={
+            "samples.png": f"{args.num_inference_steps} model calls: with the head (top), without (bottom).",
+            "error.png": "Error of the predicted slope on held-out pictures, by noise level.",
+            "loss.png": "Training loss and its running mean.",
+        },
+        base_model=hub_id(args.pretrained_model_name_or_path),
+        dataset=hub_id(args.dataset_name),
+    )
+    card.save(args.output_dir / "README.md")
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = start_accelerator(args)
+    set_seed(args.seed, device_specific=True)
+    unet = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet").eval()
+    scheduler_config = GenieScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+    scheduler = GenieScheduler.from_config(scheduler_config)
+    if args.derivative_head is None:
+        head = DerivativeHead.for_unet(unet, scheduler.config, width=args.head_width)
+    elif args.head_width is None:
+        head = DerivativeHead.from_pretrained(args.derivative_head)
+        head.check_process(scheduler.process, scheduler.config.prediction_type)
+    else:
+        raise ValueError("`--head_width` is that of `--derivative_head`, leave it out.")
+    unet = GenieUNet2DModel.from_unet(unet, head).requires_grad_(False)
+    head.requires_grad_(True)
+    unet.to(accelerator.device)
+    classes = unet.config.num_class_embeds
+    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and classes is None):
+        raise ValueError(
+            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes, got "
+            f"{args.max_guidance_scale}."
+        )
+    resolution, channels = unet.config.sample_size, unet.config.in_channels
+    if args.resolution not in (None, resolution):
+        raise ValueError(f"`--resolution` must be {resolution}, the model's `sample_size`, got {args.resolution}.")
+
+    with accelerator.main_process_first():
+        pictures = load_pictures(
+            args.dataset_name,
+            resolution,
+            channels,
+            dataset_config_name=args.dataset_config_name,
+            dataset_split=args.dataset_split,
+            image_column=args.image_column,
+            label_column=None if classes is None else args.label_column,
+            cache_dir=args.cache_dir,
+        )
+    if not 0 < args.validation_samples < len(pictures):
+        raise ValueError(
+            f"`--validation_samples` must be between 1 and {len(pictures) - 1}, got {args.validation_samples}."
+        )
+    shape = (channels, resolution, resolution)
+    count = len(pictures) - args.validation_samples
+    stream = TrainingStream(pictures.select(range(count)), shape, shape, args.seed, args.random_flip)
+    validation = TrainingStream(pictures.select(range(count, len(pictures))), shape, shape, args.seed + 1)
+    distillation = SlopeDistillation(
+        unet,
+        scheduler.process,
+        scheduler.config.prediction_type,
+        None if classes is None else classes - 1,
+        args.max_guidance_scale,
+        args.label_dropout,
+    )
+
+    optimizer = torch.optim.AdamW(
+        head.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    model, optimizer = accelerator.prepare(head, optimizer)
+    ema = EMAModel(head.parameters(), decay=args.ema_max_decay, foreach=True)
+    # The schedule is not prepared: prepared, it would step once for every process.
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    first_step = load_checkpoint(accelerator, args)
+    ema.to(accelerator.device)
+    log = RunLog(accelerator, args, first_step)
+    logger.info(
+        f"{count} pictures of {resolution}x{resolution}, a head of {head.num_parameters():,} parameters on a UNet of "
+        f"{unet.num_parameters() - head.num_parameters():,}, {total_batch_size(args, accelerator)} points a step, "
+        f"steps {first_step + 1} to {args.max_train_steps}"
+    )
+    batches = training_batches(stream, args, accelerator, first_step)
+    progress = tqdm(
+        initial=first_step, total=args.max_train_steps, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    for step in range(first_step + 1, args.max_train_steps + 1):
+        step_loss = torch.zeros((), device=accelerator.device)
+        for _ in range(args.gradient_accumulation_steps):
+            inputs, slope = distillation(next(batches), accelerator.device)
+            with accelerator.accumulate(model):
+                # Mean squared error in dε/dλ is the paper's, γ²-weighted in dε/dγ = −(1/γ) dε/dλ.
+                loss = F.mse_loss(model(**inputs).float(), slope)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            step_loss += loss.detach() / args.gradient_accumulation_steps
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        ema.step(head.parameters())
+
+        mean_loss = accelerator.reduce(step_loss, reduction="mean").item()
+        log.write(step, mean_loss, learning_rate)
+        progress.update()
+        progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save_checkpoint(accelerator, args, step)
+    progress.close()
+
+    if accelerator.is_main_process:
+        finish(args, accelerator, unet, head, ema, distillation, validation, scheduler, log, count)
+    accelerator.end_training()
+
+
+def finish(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    unet: GenieUNet2DModel,
+    head: DerivativeHead,
+    ema: EMAModel,
+    distillation: SlopeDistillation,
+    validation: TrainingStream,
+    scheduler: GenieScheduler,
+    log: RunLog,
+    count: int,
+) -> None:
+    """Save the averaged weights with their held-out error, a sample grid and a card, and publish them if asked."""
+    ema.copy_to(head.parameters())
+    head.eval()
+    head.save_pretrained(args.output_dir)
+    error = held_out_error(
+        distillation, head, validation, args.validation_samples, args.train_batch_size, accelerator.device
+    )
+    plot_error(error, scheduler.process, args.output_dir / "error.png")
+    grid = sample_grid(unet, scheduler.config, args)
+    grid.save(args.output_dir / "samples.png")
+    log.image("samples", grid, args.max_train_steps)
+    facts = {
+        "Base model": hub_id(args.pretrained_model_name_or_path) or "a local folder",
+        "Data": f"{hub_id(args.dataset_name) or 'a local folder'}, {count:,} pictures",
+        "Parameters": f"{head.num_parameters():,} on {unet.num_parameters() - head.num_parameters():,} of the UNet",
+        "Steps": f"{args.max_train_steps:,} of {total_batch_size(args, accelerator)} points",
+        "Largest guidance scale": f"{args.max_guidance_scale:g}",
+        "Final loss": f"{log.plot(args.output_dir / 'loss.png'):.5f} (mean over the last fiftieth of the run)",
+        "Held-out relative error of dε/dλ": ", ".join(f"{value:.2f}" for value in error)
+        + f" (tenths of the timesteps, from clean to noisy; {args.validation_samples} pictures)",
+    }
+    write_card(args, facts)
+    if args.push_to_hub:
+        push_to_hub(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
