@@ -81,7 +81,7 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         feature_channels = unet.conv_norm_out.num_channels
         config = dict(scheduler_config or {})
         return cls(
-            in_channels=unet.config.out_channels,
+            in_channels=_sample_channels(unet),
             feature_channels=feature_channels,
             time_embedding_dim=unet.time_embedding.linear_2.out_features,
             width=width or 8 * math.ceil(feature_channels / 16),
@@ -122,7 +122,7 @@ class DerivativeHead(ModelMixin, ConfigMixin):
             ValueError: If channels, feature width or embedding size differ.
         """
         found = {
-            "in_channels": unet.config.out_channels,
+            "in_channels": _sample_channels(unet),
             "feature_channels": unet.conv_norm_out.num_channels,
             "time_embedding_dim": unet.time_embedding.linear_2.out_features,
         }
@@ -160,6 +160,11 @@ class DerivativeHead(ModelMixin, ConfigMixin):
                 "This derivative head was distilled for another noise schedule than the scheduler's: "
                 + json.dumps(self.config.process or {})
             )
+
+
+def _sample_channels(unet: torch.nn.Module) -> int:
+    """A denoiser may read more (masks) or return more (variances) than the sample has."""
+    return min(unet.config.in_channels, unet.config.out_channels)
 
 
 @torch.no_grad()

@@ -95,8 +95,12 @@ class ExactSlope:
             call = inspect.BoundArguments(self._signature, {**arguments, sample_name: x, "timestep": t})
             return _tensor(self._model(*call.args, **call.kwargs))[:, : sample.shape[1]]
 
-        with self._differentiable():
-            outputs, outputs_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
+        self._recording = False
+        try:
+            with forward_mode(self._model):
+                outputs, outputs_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
+        finally:
+            self._recording = True
         output, output_dot = outputs, outputs_dot
         if branches > 1:
             shape = (branches, sample.shape[0])
@@ -106,19 +110,23 @@ class ExactSlope:
             output, output_dot = (weights * outputs).sum(0), (weights * outputs_dot).sum(0)
         return slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self._prediction_type)
 
-    @contextmanager
-    def _differentiable(self):
-        """Fused attention has no forward-mode rule, and group normalisation needs contiguous tangents."""
-        norms = [module for module in self._model.modules() if isinstance(module, torch.nn.GroupNorm)]
-        hooks = [norm.register_forward_pre_hook(_contiguous_input) for norm in norms]
-        self._recording = False
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            self._recording = True
-            for hook in hooks:
-                hook.remove()
+
+@contextmanager
+def forward_mode(model: torch.nn.Module):
+    """
+    Inside, `torch.func.jvp` works through `model`; outside, nothing about it is changed.
+
+    Fused attention has no forward-mode rule, so attention is the plain one; group normalisation needs contiguous
+    tangents, so its inputs are copied to that format.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(_contiguous_input) for norm in norms]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def slope_of_noise(
@@ -139,8 +147,19 @@ def slope_of_noise(
     if prediction_type == "v_prediction":  # ε = α v + σ x
         return alpha * output_dot + sigma * velocity + alpha * sigma * (sigma * output - alpha * sample)
     # ε = (x − α x_0)/σ
-    noise = (sample - alpha * output) / sigma
+    noise = to_noise_prediction(output, sample, alpha, sigma, prediction_type)
     return (velocity - alpha * output_dot) / sigma - alpha * sigma * output + alpha**2 * noise
+
+
+def to_noise_prediction(
+    output: torch.Tensor, sample: torch.Tensor, alpha: float, sigma: float, prediction_type: str
+) -> torch.Tensor:
+    """ε from the model output; α and σ may also be tensors that broadcast against `sample`."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha * output + sigma * sample
+    return (sample - alpha * output) / sigma
 
 
 def to_model_output(

@@ -9,8 +9,8 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up
 
 from ..processes import VariancePreserving
 from .derivative_head import DerivativeHead
-from .guidance import RunCheck, branch_weights, count_branches
 from .exact_slope import to_model_output
+from .guidance import RunCheck, branch_weights, count_branches
 
 Model = TypeVar("Model", bound="_GenieUNet")
 
@@ -144,8 +144,8 @@ def _plain(head: DerivativeHead) -> dict:
 
 def _with_head_argument(init, base):
     """
-    Give `init(self, *args, derivative_head_config, **kwargs)` the signature of `base`, from which diffusers reads what a
-    configuration may hold, so that it follows every release of diffusers.
+    Give `init` the signature of `base` and `derivative_head_config`: diffusers reads from it what a configuration may
+    hold, and this follows every release of diffusers.
     """
     parameters = list(inspect.signature(base.__init__).parameters.values())
     head = inspect.Parameter("derivative_head_config", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -81,7 +81,7 @@ def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: 
 
 
 class RunCheck:
-    """Says when to compare values: always on the CPU; on an accelerator, which would have to be waited for, once a run."""
+    """Says when to compare values: always on the CPU; once a run on an accelerator, which has to be waited for."""
 
     def __init__(self):
         self._previous: float | None = None

@@ -115,7 +115,7 @@ class GeniePipeline(DiffusionPipeline):
             latents = self.scheduler.step(model_output, t, latents, return_dict=False, **extra)[0]
             if callback_on_step_end is not None:
                 kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                latents = callback_on_step_end(self, i, t, kwargs).pop("latents", latents)
+                latents = (callback_on_step_end(self, i, t, kwargs) or {}).get("latents", latents)
 
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
@@ -131,7 +131,10 @@ class GeniePipeline(DiffusionPipeline):
         if class_labels is not None:
             if num_classes is None:
                 raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")
-            class_labels = torch.as_tensor(class_labels, dtype=torch.long).cpu()
+            given, class_labels = class_labels, torch.as_tensor(class_labels).cpu()
+            if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
+                raise ValueError(f"`class_labels` must be an integer or a sequence of at least one, got {given}.")
+            class_labels = class_labels.long()
             if class_labels.min() < 0 or class_labels.max() >= num_classes:
                 raise ValueError(
                     f"`class_labels` must be between 0 and {num_classes - 1}, got {class_labels.tolist()}."

@@ -66,10 +66,11 @@ class VariancePreserving:
         # (one knot before the data) and where it reaches 0 (squared-cosine, zero terminal SNR).
         knots, values = np.arange(-1.0, len(alphas)), np.concatenate([[1.0], alphas])
         self._alpha = make_interp_spline(knots, values, k=min(5, len(knots) - 1))
-        fine = np.linspace(-1.0, self.timestep_max, 8 * (len(knots) - 1) + 1)
-        if np.any(np.diff(self._alpha(fine)) >= 0):  # a schedule with jumps: monotone before smooth
-            self._alpha = PchipInterpolator(knots, values)
         self._alpha_dot = self._alpha.derivative()
+        # A spline lies between its coefficients, so negative ones prove that α decreases everywhere.
+        if np.any(self._alpha_dot.c[: len(knots) - 1] >= 0):  # a schedule with jumps: monotone before smooth
+            self._alpha = PchipInterpolator(knots, values)
+            self._alpha_dot = self._alpha.derivative()
 
     @classmethod
     def from_betas(cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False) -> "VariancePreserving":
@@ -123,7 +124,8 @@ class VariancePreserving:
             betas = np.asarray(trained_betas, dtype=np.float64)
             if len(betas) != num_train_timesteps:
                 raise ValueError(
-                    f"`trained_betas` must hold `num_train_timesteps` = {num_train_timesteps} values, got {len(betas)}."
+                    f"`trained_betas` must hold as many values as `num_train_timesteps`, {num_train_timesteps}, got "
+                    f"{len(betas)}."
                 )
         else:
             betas = named_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -204,7 +206,7 @@ class VariancePreserving:
         return alpha * original_samples + sigma * noise
 
     def coefficients(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """α_t and σ_t as tensors of shape `(batch, 1, ...)` with dtype and device of `like`, from integer or real t."""
+        """α_t and σ_t as tensors of shape `(batch, 1, ...)` with dtype and device of `like`."""
         on_host = timesteps.detach().cpu().double().numpy()
         shape = (-1,) + (1,) * (like.ndim - 1)
         return tuple(

@@ -57,8 +57,8 @@ class GenieScheduler(TableScheduler):
             smallest noise level of the process. `None` is `"zero"` if `set_alpha_to_one`, else `"sigma_min"`.
         time_grid (`str`, *optional*):
             A grid between both ends of the process: `"quadratic"` (the paper's default, even in √t), `"linear"` (even
-            in t), `"uniform_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what the inherited
-            keys above say.
+            in t), `"uniform_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what the keys
+            above say.
         method (`str`, defaults to `"taylor"`):
             The solver.
         analytical_first_step (`bool`, defaults to `False`):
@@ -98,10 +98,10 @@ class GenieScheduler(TableScheduler):
     ):
         super().__init__()
 
-    def set_timesteps(self, *args, **kwargs):
+    def _check_config(self):
+        super()._check_config()
         if self.config.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.config.method!r}.")
-        super().set_timesteps(*args, **kwargs)
 
     def row(self, index: int, known: int) -> Row:
         alpha, alpha_next = self.alphas[index : index + 2]

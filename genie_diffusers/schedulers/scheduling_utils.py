@@ -61,6 +61,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             Noise levels γ = σ/α at the timesteps and at the end, float64, on the CPU.
         table (`list[dict]`):
             Row i holds the float64 weights of step i, keyed by (tensor, how many steps ago).
+        corrections (`list[dict]`):
+            Row i holds the weights of what is added to the sample of step i before it, empty without a corrector.
         init_noise_sigma (`float`):
             What pipelines multiply their initial standard normal noise with.
     """
@@ -93,6 +95,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         `self.alphas`, `self.noise_stds`, `self.lambdas` hold α, σ and λ at the visited points and the end.
         """
         raise NotImplementedError
+
+    def correction(self, index: int, known: int) -> Row:
+        """
+        The weights of what is added to the sample of step `index` once the model was called on it, empty for none.
+
+        A corrector is an increment to the sample it is given, so that edits made between steps survive it.
+        """
+        return {}
 
     # --- process and time grid -------------------------------------------------------------------------------------
 
@@ -132,10 +142,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         if sum(value is not None for value in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("`set_timesteps` needs exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
-        if self.config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {self.config.prediction_type!r}."
-            )
+        self._check_config()
         first_step_is_free = self.config.analytical_first_step
         process = self.process
         if num_inference_steps is not None:
@@ -168,10 +175,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         points = points[: len(alphas) - 1]
         self._host_timesteps = points.tolist()
         dtype = torch.int64 if process.is_discrete else torch.float32
-        self.timesteps = torch.from_numpy(points).to(device=device, dtype=dtype)
+        self.timesteps = torch.tensor(self._host_timesteps, dtype=dtype, device=device)
         self.num_inference_steps = len(points)
         self._begin_index = self._step_index = None
         self._build(begin=0)
+
+    def _check_config(self):
+        """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
+        for key, choices in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", TIMESTEP_SPACINGS)):
+            if self.config[key] not in choices:
+                raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {self.config[key]!r}.")
 
     @property
     def _end_is_noisy(self) -> bool:
@@ -215,7 +228,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if points.ndim != 1 or len(points) == 0:
             raise ValueError(f"`{name}` must be a sequence of at least one number, got {given}.")
         if timesteps is None:
-            points = process.timestep(-np.log(points))
+            largest = process.gamma(process.timestep_max)
+            # 1e-3: a tenth of a timestep, since diffusers computes the largest one in float32
+            if not np.all((points > 0) & (points <= largest * (1 + 1e-3))):
+                raise ValueError(
+                    f"`sigmas` must be positive and at most {largest:g}, the noise level of the first timestep; got "
+                    f"{given}."
+                )
+            points = process.timestep(-np.log(np.minimum(points, largest)))
             points = np.round(points) if process.is_discrete else points
         elif process.is_discrete and np.any(points != np.round(points)):
             raise ValueError(f"`timesteps` must be integers, got {given}.")
@@ -237,18 +257,26 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             self._slope_source.bind(self.process, self.config.prediction_type)
         steps = range(self.num_inference_steps)
         self.table = [self.row(i, max(i - begin, 0) + 1) for i in steps]
-        depth = {
-            kind: max((lag for row in self.table for what, lag in row if what == kind), default=0)
-            for kind in ("prediction", "slope")
-        }
-        self._predictions: deque = deque(maxlen=depth["prediction"] + 1)
-        self._slopes: deque = deque(maxlen=depth["slope"] + 1)
+        self.corrections = [self.correction(i, max(i - begin, 0) + 1) for i in steps]
+        used = [(i, what, lag) for i in steps for what, lag in (*self.table[i], *self.corrections[i])]
+        #: the steps at which the slope is asked for: those whose slope some row weighs, then or later
+        self._sloped = {i - lag for i, what, lag in used if what == "slope"}
+        depth = max(lag for _, _, lag in used) + 1
+        self._predictions: deque = deque(maxlen=depth)
+        self._slopes: deque = deque(maxlen=depth)
         self._clips = bool(self.config.clip_sample or self.config.thresholding)
         # All conversions of the model output are linear in (sample, output), so they are rows as well.
         to_data = [self._conversion(i, to_data=True) for i in steps]
         to_noise = [self._conversion(i, to_data=False) for i in steps]
         back = [self._data_to_noise(i) for i in steps]
-        self._rows = {"step": self.table, "to_data": to_data, "to_noise": to_noise, "data_to_noise": back}
+        corrected = [{("sample", 0): 1.0, **correction} for correction in self.corrections]
+        self._rows = {
+            "step": self.table,
+            "correct": corrected,
+            "to_data": to_data,
+            "to_noise": to_noise,
+            "data_to_noise": back,
+        }
         self._device_rows: dict = {}
 
     def _conversion(self, index: int, to_data: bool) -> Row:
@@ -358,6 +386,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         model_output = self._without_variance(model_output, sample)
         self._remember(model_output, sample, index)
         tensors = {"sample": (sample,), "prediction": self._predictions, "slope": self._slopes}
+        if self.corrections[index]:
+            tensors["sample"] = (self._apply("correct", index, tensors),)
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
         self._step_index += 1
         if self._step_index == self.num_inference_steps:
@@ -382,9 +412,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             noise = None if self.data_form else prediction
         # History in the model's precision; sums are formed in at least float32.
         self._predictions.appendleft(prediction.to(model_output.dtype))
-        if ("slope", 0) in self.table[index]:
+        slope = None
+        if index in self._sloped:
             noise = self._apply("to_noise", index, given) if noise is None else noise
-            self._slopes.appendleft(self._slope(sample, noise, index))
+            slope = self._slope(sample, noise, index)
+        self._slopes.appendleft(slope)
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
         slope = self._slope_source(
