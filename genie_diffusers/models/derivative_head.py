@@ -4,6 +4,7 @@ import json
 import math
 
 import torch
+from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
@@ -62,11 +63,11 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         )
         self.norm_out = torch.nn.GroupNorm(norm_num_groups, width)
         self.conv_out = torch.nn.Conv2d(width, 3 * in_channels, kernel_size=3, padding=1)
-        torch.nn.init.zeros_(self.conv_out.weight)
-        torch.nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            torch.nn.init.zeros_(parameter)
 
     @classmethod
-    def for_unet(cls, unet: torch.nn.Module, scheduler_config=None, width: int | None = None) -> "DerivativeHead":
+    def for_unet(cls, unet: UNet2DModel, scheduler_config=None, width: int | None = None) -> "DerivativeHead":
         """
         A new head that fits `unet`, with its noise schedule and fingerprint noted.
 
@@ -76,16 +77,15 @@ class DerivativeHead(ModelMixin, ConfigMixin):
             width (`int`, *optional*): Channels inside the head; half of the denoiser's feature channels by default,
                 which keeps its cost under 5% of the denoiser's.
         """
-        from ..schedulers.scheduling_utils import PROCESS_KEYS
-
         feature_channels = unet.conv_norm_out.num_channels
         config = dict(scheduler_config or {})
+        process = {key: config[key] for key in VariancePreserving.CONFIG_KEYS if config.get(key) is not None}
         return cls(
             in_channels=_sample_channels(unet),
             feature_channels=feature_channels,
             time_embedding_dim=unet.time_embedding.linear_2.out_features,
             width=width or 8 * math.ceil(feature_channels / 16),
-            process={key: config[key] for key in PROCESS_KEYS if config.get(key) is not None} or None,
+            process=process or None,
             prediction_type=config.get("prediction_type", "epsilon"),
             fingerprint=fingerprint(unet),
         )
@@ -114,7 +114,7 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         k_1, k_2, k_3 = self.conv_out(torch.nn.functional.silu(self.norm_out(hidden))).chunk(3, dim=1)
         return k_1 - sigma**2 * k_2 - alpha**2 * k_3
 
-    def check_fits(self, unet: torch.nn.Module):
+    def check_fits(self, unet: UNet2DModel):
         """
         Check that the head can read what `unet` computes; warn if the weights are not those it was distilled from.
 
@@ -162,7 +162,7 @@ class DerivativeHead(ModelMixin, ConfigMixin):
             )
 
 
-def _sample_channels(unet: torch.nn.Module) -> int:
+def _sample_channels(unet: UNet2DModel) -> int:
     """A denoiser may read more (masks) or return more (variances) than the sample has."""
     return min(unet.config.in_channels, unet.config.out_channels)
 

@@ -98,7 +98,7 @@ class ExactSlope:
         self._recording = False
         try:
             with forward_mode(self._model):
-                outputs, outputs_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
+                outputs, outputs_dot, *_ = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
         finally:
             self._recording = True
         output, output_dot = outputs, outputs_dot

@@ -1,6 +1,7 @@
 """UNets that carry a derivative head. Their output is that of the plain UNet."""
 
 import inspect
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -21,12 +22,12 @@ class HeadSlope:
     def __init__(self, unet: "_GenieUNet"):
         if unet.derivative_head is None:
             raise ValueError(f"This `{type(unet).__name__}` has no derivative head; build it with `from_unet`.")
-        self._unet = unet
+        self._unet, self._head = unet, unet.derivative_head
         self._check = RunCheck()
 
     def bind(self, process: VariancePreserving, prediction_type: str):
         """Called by the scheduler; raises a `ValueError` if the head was distilled for another diffusion."""
-        self._unet.derivative_head.check_process(process, prediction_type)
+        self._head.check_process(process, prediction_type)
         self._process, self._prediction_type = process, prediction_type
 
     @torch.no_grad()
@@ -53,7 +54,7 @@ class HeadSlope:
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
         repeats = (branches, *(1,) * (sample.ndim - 1))
         dtype = call["features"].dtype
-        slopes = self._unet.derivative_head(
+        slopes = self._head(
             sample.to(dtype).repeat(repeats),
             noise_prediction.to(dtype).repeat(repeats),
             call["features"],
@@ -72,13 +73,19 @@ class HeadSlope:
 class _GenieUNet(torch.nn.Module):
     """What a UNet with a derivative head adds to diffusers' UNet, whichever that is."""
 
+    # of diffusers' UNets
+    register_to_config: Callable
+    time_embedding: torch.nn.Module
+    conv_norm_out: torch.nn.Module
+
     derivative_head: DerivativeHead | None
+    last_call: dict[str, torch.Tensor] | None
 
     def _add_head(self, config: dict | None):
         # The nested configuration is a plain dictionary, so that it is saved as JSON in the UNet's own.
         self.register_to_config(derivative_head_config=dict(config) if config is not None else None)
         self.derivative_head = None if config is None else DerivativeHead.from_config(dict(config))
-        self.last_call: dict[str, torch.Tensor] | None = None
+        self.last_call = None
         self._record_from_children()
 
     def _record_from_children(self):
@@ -108,7 +115,7 @@ class _GenieUNet(torch.nn.Module):
         return HeadSlope(self)
 
     @classmethod
-    def from_unet(cls: type[Model], unet: torch.nn.Module, derivative_head: "DerivativeHead | str", **kwargs) -> Model:
+    def from_unet(cls: type[Model], unet: UNet2DModel, derivative_head: DerivativeHead | str, **kwargs) -> Model:
         """
         The same UNet with a derivative head. Its weights are shared with `unet`, not copied.
 
@@ -123,18 +130,20 @@ class _GenieUNet(torch.nn.Module):
             ValueError: If the head does not fit the UNet.
         """
         if isinstance(derivative_head, str):
-            derivative_head = DerivativeHead.from_pretrained(derivative_head, **kwargs)
-        derivative_head.check_fits(unet)
+            head = DerivativeHead.from_pretrained(derivative_head, **kwargs)
+        else:
+            head = derivative_head
+        head.check_fits(unet)
         config = {key: value for key, value in unet.config.items() if key in inspect.signature(cls).parameters}
         with torch.device("meta"):
-            model = cls(**{**config, "derivative_head_config": _plain(derivative_head)})
+            model = cls(**{**config, "derivative_head_config": _plain(head)})
         # Children are shared whole, with whatever adapters and hooks they carry.
         for name, child in unet.named_children():
             if name != "derivative_head":
                 setattr(model, name, child)
         model._record_from_children()
         # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
-        model.derivative_head = torch.nn.Module.to(derivative_head, device=unet.device, dtype=unet.dtype)
+        model.derivative_head = torch.nn.Module.to(head, device=unet.device, dtype=unet.dtype)
         return model.train(unet.training)
 
 

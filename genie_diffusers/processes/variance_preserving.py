@@ -38,6 +38,16 @@ class VariancePreserving:
         ValueError: If `alphas` is not strictly decreasing inside (0, 1).
     """
 
+    #: what `from_config` reads
+    CONFIG_KEYS = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+        "continuous",
+    )
     #: smallest time of the analytic process, as in Song et al. (2021) and GENIE
     CONTINUOUS_TIME_MIN = 1e-3
 
@@ -209,10 +219,11 @@ class VariancePreserving:
         """α_t and σ_t as tensors of shape `(batch, 1, ...)` with dtype and device of `like`."""
         on_host = timesteps.detach().cpu().double().numpy()
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(
+        alpha, sigma = (
             torch.as_tensor(values(on_host), dtype=like.dtype, device=like.device).reshape(shape)
             for values in (self.alpha, self.sigma)
         )
+        return alpha, sigma
 
     def _integral_beta(self, time: np.ndarray) -> np.ndarray:
         return self._beta_min * time + 0.5 * (self._beta_max - self._beta_min) * time**2

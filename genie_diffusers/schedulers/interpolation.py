@@ -13,14 +13,16 @@ import numpy as np
 from scipy.special import hyp1f1
 
 
-def interpolation_weights(nodes: Sequence[float], derivatives: Sequence[int], moments: Sequence[float]) -> np.ndarray:
+def interpolation_weights(
+    nodes: Sequence[float], derivatives: Sequence[int], moments: Sequence[float] | np.ndarray
+) -> np.ndarray:
     """
     Weights w such that ∫ K(u) p(u) du = Σ_k w_k y_k, with p the polynomial that meets p^(d_k)(u_k) = y_k for every k.
 
     Args:
         nodes (`Sequence[float]`): The points u_k.
         derivatives (`Sequence[int]`): The order d_k of the derivative known there; 0 is the value.
-        moments (`Sequence[float]`): ∫ K(u) u^m du for m = 0 … number of conditions − 1.
+        moments (`Sequence[float]` or `np.ndarray`): ∫ K(u) u^m du for m = 0 … number of conditions − 1.
 
     Raises:
         numpy.linalg.LinAlgError: If the conditions do not determine the polynomial (a condition given twice).

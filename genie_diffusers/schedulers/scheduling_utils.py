@@ -6,7 +6,7 @@ with diffusers' pipelines live here.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,6 @@ Column = tuple[str, int]
 Row = dict[Column, float]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-#: configuration keys that the noise schedule depends on
-PROCESS_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "continuous",
-)
 
 #: diffusers' flags for grids in noise level, and our names of them
 SIGMA_GRIDS = {
@@ -109,9 +98,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def process(self) -> VariancePreserving:
         """The diffusion that the configuration describes, as it is now (pipelines may rewrite it)."""
-        values = [self.config.get(key) for key in PROCESS_KEYS]
+        values = [self.config.get(key) for key in VariancePreserving.CONFIG_KEYS]
         key = tuple(tuple(value) if isinstance(value, (list, np.ndarray)) else value for value in values)
-        if key != self._process_key:
+        if self._process is None or key != self._process_key:
             self._process, self._process_key = VariancePreserving.from_config(self.config), key
         return self._process
 
@@ -253,9 +242,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _build(self, begin: int):
         """Compute all rows for a run that starts at step `begin`, and forget the history."""
         self._built_for = begin
-        if self._slope_source is not None and hasattr(self._slope_source, "bind"):
-            self._slope_source.bind(self.process, self.config.prediction_type)
-        steps = range(self.num_inference_steps)
+        self._bind(self._slope_source)
+        steps = range(len(self._host_timesteps))
         self.table = [self.row(i, max(i - begin, 0) + 1) for i in steps]
         self.corrections = [self.correction(i, max(i - begin, 0) + 1) for i in steps]
         used = [(i, what, lag) for i in steps for what, lag in (*self.table[i], *self.corrections[i])]
@@ -297,18 +285,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
         return {("sample", 0): 1 / sigma, ("data", 0): -alpha / sigma}
 
-    def _apply(self, name: str, index: int, tensors: dict[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+    def _apply(self, name: str, index: int, tensors: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
         """Σ weight · tensor over row `index` of the rows `name`, in at least float32."""
         reference = tensors["sample"][0]
         dtype = torch.promote_types(reference.dtype, torch.float32)
-        rows = self._rows_on(name, reference.device, dtype)[index]
-        total = None
-        for (what, lag), weight in rows:
+        (column, weight), *rest = self._rows_on(name, reference.device, dtype)[index]
+        total = tensors[column[0]][column[1]].to(dtype)
+        if weight is not None:  # None is the weight one
+            total = total * weight
+        for (what, lag), weight in rest:
             tensor = tensors[what][lag]
-            if weight is None:  # weight one
-                total = tensor if total is None else total + tensor
-            else:
-                total = tensor.to(dtype) * weight if total is None else torch.addcmul(total, tensor, weight)
+            total = total + tensor if weight is None else torch.addcmul(total, tensor, weight)
         return total
 
     def _rows_on(self, name: str, device: torch.device, dtype: torch.dtype) -> list:
@@ -343,11 +330,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         source = getattr(source, "slope_source", source)
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
+        self._bind(source)
+        self._slope_source = source
+        if self.num_inference_steps is not None:  # a run under way goes on as if it started here
+            self._build(self._built_for if self._step_index is None else self._step_index)
+
+    def _bind(self, source: Any):
         if hasattr(source, "bind"):
             source.bind(self.process, self.config.prediction_type)
-        self._slope_source = source
-        if self.num_inference_steps is not None:
-            self._build(self._built_for)
 
     def step(
         self,
@@ -389,7 +379,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self.corrections[index]:
             tensors["sample"] = (self._apply("correct", index, tensors),)
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
-        self._step_index += 1
+        self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
             self._predictions.clear()
             self._slopes.clear()
