@@ -1,8 +1,10 @@
 """
 Distil the slope of a diffusion model's noise prediction into a small derivative head (GENIE, Dockhorn et al., 2022).
 
-The denoiser is frozen. The target is dε/dλ along the probability-flow ODE, by one forward-mode pass over sample and
-time together. The result is a head: a folder of its own with a card; see README.md here for examples.
+The denoiser is frozen. The target is dε/dλ along the probability-flow ODE: as in the paper, by forward-mode autodiff
+over sample and time together, or as the secant over a short piece of the path, which averages out how noisily a
+denoiser trained at integer timesteps depends on time. The result is a head: a folder of its own with a card; see
+README.md here for examples.
 """
 
 import argparse
@@ -52,6 +54,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` and a scheduler.",
     )
+    parser.add_argument(
+        "--target",
+        choices=["jvp", "secant"],
+        default="secant",
+        help="The slope to learn: `jvp`, the derivative at the point (the paper); `secant`, over `--secant_width`.",
+    )
+    parser.add_argument("--secant_width", type=float, default=0.3, help="Width of the secant in λ = log(α/σ).")
     parser.add_argument("--derivative_head", help="Start from this head: Hub id or folder. Default: a new one.")
     parser.add_argument("--head_width", type=int, help="Channels inside a new head. Default: half the UNet's.")
     parser.add_argument(
@@ -76,6 +85,7 @@ class SlopeDistillation:
         unet ([`GenieUNet2DModel`]): The frozen denoiser.
         process ([`VariancePreserving`]): Its diffusion.
         prediction_type (`str`): What it predicts.
+        secant_width (`float`, *optional*): Width of the secant in λ; `None` for the derivative at the point.
         null_class (`int`, *optional*): The class of the unconditional branch.
         max_guidance_scale (`float`): Largest weight of classifier-free guidance.
         branch_dropout (`float`): Share of points labelled for the unconditional branch.
@@ -86,11 +96,13 @@ class SlopeDistillation:
         unet: GenieUNet2DModel,
         process: VariancePreserving,
         prediction_type: str,
-        null_class: int | None,
-        max_guidance_scale: float,
-        branch_dropout: float,
+        secant_width: float | None = None,
+        null_class: int | None = None,
+        max_guidance_scale: float = 1.0,
+        branch_dropout: float = 0.0,
     ):
-        self.unet, self.process, self.prediction_type, self.null_class = unet, process, prediction_type, null_class
+        self.unet, self.process, self.prediction_type = unet, process, prediction_type
+        self.secant_width, self.null_class = secant_width, null_class
         self.max_guidance_scale, self.branch_dropout = max_guidance_scale, branch_dropout
 
     def timesteps(self, times: torch.Tensor) -> torch.Tensor:
@@ -113,8 +125,7 @@ class SlopeDistillation:
         images, noise = (batch[name].to(device, non_blocking=True) for name in ("images", "noise"))
         alpha, sigma = self.process.coefficients(timesteps, images)
         sample = alpha * images + sigma * noise
-        t_dot = torch.from_numpy(1.0 / self.process.log_snr_derivative(timesteps.numpy())).float().to(device)
-        timesteps = timesteps.to(device)
+        host_timesteps, timesteps = timesteps, timesteps.to(device)
 
         labels, other = self._branches(batch, device)
         noise_prediction = self._predict(sample, timesteps, labels, alpha, sigma)
@@ -127,14 +138,8 @@ class SlopeDistillation:
             conditional = torch.where(class_branch, noise_prediction, other_prediction)
             unguided = noise_prediction
             noise_prediction = torch.where(scale == 1.0, unguided, null + scale * (conditional - null))
-        velocity = sigma**2 * sample - sigma * noise_prediction
-
-        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(x, t, class_labels=labels).sample
-
-        with forward_mode(self.unet):
-            output, output_dot = torch.func.jvp(denoise, (sample, timesteps.float()), (velocity, t_dot))
-        slope = slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self.prediction_type)
+        point = (sample, noise_prediction, host_timesteps, labels, alpha, sigma)
+        slope = self._derivative(*point) if self.secant_width is None else self._secant(*point)
         inputs = {
             "sample": sample,
             "noise_prediction": noise_prediction,
@@ -144,6 +149,39 @@ class SlopeDistillation:
             "sigma": sigma,
         }
         return inputs, slope
+
+    def _derivative(self, sample, noise_prediction, timesteps, labels, alpha, sigma) -> torch.Tensor:
+        """dε/dλ at the point, Eq. (2) of docs/genie.md: one forward-mode pass over (x, t)."""
+        velocity = sigma**2 * sample - sigma * noise_prediction
+        t_dot = torch.from_numpy(1.0 / self.process.log_snr_derivative(timesteps.numpy()))
+
+        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(x, t, class_labels=labels).sample
+
+        times, t_dot = (values.to(sample.device, torch.float32) for values in (timesteps, t_dot))
+        with forward_mode(self.unet):
+            output, output_dot = torch.func.jvp(denoise, (sample, times), (velocity, t_dot))
+        return slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self.prediction_type)
+
+    def _secant(self, sample, noise_prediction, timesteps, labels, alpha, sigma) -> torch.Tensor:
+        """Δε/Δλ between two points of the path, half of `secant_width` to each side (less at the ends)."""
+        process, middle = self.process, timesteps.numpy().astype(np.float64)
+        lowest, highest = process.log_snr(np.array([process.timestep_max, process.timestep_min]))
+        ends, predictions = [], []
+        for side, rounded in ((0.5, np.floor), (-0.5, np.ceil)):
+            log_snr = np.clip(process.log_snr(middle) + side * self.secant_width, lowest, highest)
+            end = process.timestep(log_snr)
+            if process.is_discrete:  # outwards, so that the two ends differ
+                end = np.clip(rounded(end), process.timestep_min, process.timestep_max)
+            end = torch.from_numpy(end)
+            alpha_end, sigma_end = process.coefficients(end, sample)
+            # A DDIM step along the (guided) path. Its second-order error is the same on both sides and cancels.
+            at_end = alpha_end * (sample / alpha + (sigma_end / alpha_end - sigma / alpha) * noise_prediction)
+            times = (end.long() if process.is_discrete else end.float()).to(sample.device)
+            predictions.append(self._predict(at_end, times, labels, alpha_end, sigma_end))
+            ends.append(process.log_snr(end.numpy()))
+        width = torch.from_numpy(ends[0] - ends[1]).to(sample).reshape(alpha.shape)
+        return (predictions[0] - predictions[1]) / width
 
     def _predict(self, sample, timesteps, labels, alpha, sigma) -> torch.Tensor:
         output = self.unet(sample, timesteps, class_labels=labels).sample
@@ -211,7 +249,9 @@ def sample_grid(unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.N
     condition = {"class_labels": [i % (classes - 1) for i in range(8)]} if classes is not None else {"batch_size": 8}
     images = []
     for has_head in (True, False):
-        scheduler = GenieScheduler.from_config(scheduler_config, time_grid="quadratic", clip_sample=False)
+        scheduler = GenieScheduler.from_config(
+            scheduler_config, time_grid="quadratic", analytical_first_step=True, clip_sample=False
+        )
         pipeline = GeniePipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if not has_head:
@@ -234,7 +274,8 @@ def write_card(args: argparse.Namespace, facts: dict) -> None:
             "from diffusers import DiffusionPipeline\n\n"
             f'base = DiffusionPipeline.from_pretrained("{base}")\n'
             f'unet = GenieUNet2DModel.from_unet(base.unet, derivative_head="{repository}")\n'
-            'scheduler = GenieScheduler.from_config(base.scheduler.config, time_grid="quadratic")\n'
+            "scheduler = GenieScheduler.from_config(\n"
+            '    base.scheduler.config, time_grid="quadratic", analytical_first_step=True, clip_sample=False\n)\n'
             "images = GeniePipeline(unet, scheduler)(num_inference_steps=10).images"
         ),
         facts=facts,
@@ -299,6 +340,7 @@ def main(args: argparse.Namespace) -> None:
         unet,
         scheduler.process,
         scheduler.config.prediction_type,
+        args.secant_width if args.target == "secant" else None,
         None if classes is None else classes - 1,
         args.max_guidance_scale,
         args.label_dropout,
@@ -388,6 +430,7 @@ def finish(
         "Data": f"{hub_id(args.dataset_name) or 'a local folder'}, {count:,} pictures",
         "Parameters": f"{head.num_parameters():,} on {unet.num_parameters() - head.num_parameters():,} of the UNet",
         "Steps": f"{args.max_train_steps:,} of {total_batch_size(args, accelerator)} points",
+        "Target": "derivative at the point" if args.target == "jvp" else f"secant over Δλ = {args.secant_width:g}",
         "Largest guidance scale": f"{args.max_guidance_scale:g}",
         "Final loss": f"{log.plot(args.output_dir / 'loss.png'):.5f} (mean over the last fiftieth of the run)",
         "Held-out relative error of dε/dλ": ", ".join(f"{value:.2f}" for value in error)

@@ -302,11 +302,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The rows as zero-dimensional tensors where the sample is: one transfer a run, none a step."""
         key = (name, device, dtype)
         if key not in self._device_rows:
-            flat = [weight for row in self._rows[name] for weight in row.values() if weight != 0.0]
-            weights = iter(torch.tensor(flat, dtype=torch.float64).to(device=device, dtype=dtype).unbind())
+            used = [[(column, weight) for column, weight in row.items() if weight != 0.0] for row in self._rows[name]]
+            flat = torch.tensor([weight for row in used for _, weight in row], dtype=torch.float64)
+            scalars = iter(flat.to(device=device, dtype=dtype).unbind())
+            pairs = [[(column, weight, next(scalars)) for column, weight in row] for row in used]
             self._device_rows[key] = [
-                [(column, (next(weights), None)[weight == 1.0]) for column, weight in row.items() if weight != 0.0]
-                for row in self._rows[name]
+                [(column, None if weight == 1.0 else scalar) for column, weight, scalar in row] for row in pairs
             ]
         return self._device_rows[key]
 

@@ -109,6 +109,7 @@ THEIR_VALUES = {
     "skip_prk_steps": True,
     "sigma_data": 0.6,
     "rho": 6.0,
+    "noise_sampler_seed": 7,
 }
 OUR_VALUES = {
     "num_train_timesteps": 500,
@@ -651,6 +652,20 @@ def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timest
     by_custom = run(scheduler, noise())
     torch.testing.assert_close(by_index, by_lookup, rtol=0, atol=0)
     torch.testing.assert_close(by_custom, by_lookup, rtol=0, atol=0)
+
+
+def test_begin_index_abandons_a_run_under_way():
+    scheduler, fresh = ready(6), ready(6)
+    run(scheduler, noise(9), timesteps=scheduler.timesteps[:3])  # another picture, interrupted
+    scheduler.set_begin_index(0)
+    torch.testing.assert_close(run(scheduler, noise()), run(fresh, noise()), rtol=0, atol=0)
+    scheduler.set_begin_index(4)
+    assert ("prediction", 1) not in scheduler.table[4]  # as printed before the run
+    fresh.set_begin_index(4)
+    remaining = fresh.timesteps[4:]
+    torch.testing.assert_close(
+        run(scheduler, noise(), timesteps=remaining), run(fresh, noise(), timesteps=remaining), rtol=0, atol=0
+    )
 
 
 def test_start_mid_way_begins_at_first_order_and_goes_on_at_second():

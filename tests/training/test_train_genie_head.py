@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +90,12 @@ def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, pre
     scheduler = GenieScheduler(prediction_type=prediction_type)
     process, batch = scheduler.process, points(24)
     distillation = train_genie_head.SlopeDistillation(
-        unet, process, prediction_type, NULL_CLASS, max_guidance_scale, branch_dropout=0.4
+        unet,
+        process,
+        prediction_type,
+        null_class=NULL_CLASS,
+        max_guidance_scale=max_guidance_scale,
+        branch_dropout=0.4,
     )
     inputs, slope = distillation(batch, torch.device("cpu"))
 
@@ -123,6 +129,55 @@ def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, pre
         expected = exact(sample, direction, float(timestep))
         torch.testing.assert_close(slope[i : i + 1], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert len(branches) == (4 if max_guidance_scale > 1 else 2), "a case is missing from the points"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_secant_tends_to_the_derivative_on_a_denoiser_smooth_in_time(prediction_type):
+    class LinearDenoiser(torch.nn.Module):
+        """ε = x·sin(t/200): the other prediction types follow from it."""
+
+        def forward(self, sample, timestep, class_labels=None):
+            t = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1, 1, 1, 1)
+            if prediction_type == "epsilon":
+                return SimpleNamespace(sample=sample * torch.sin(t / 200))
+            alpha, sigma = scheduler.process.coefficients(t.flatten(), sample)
+            noise = sample * torch.sin(t / 200)
+            v, data = (noise - sigma * sample) / alpha, (sample - sigma * noise) / alpha
+            return SimpleNamespace(sample=v if prediction_type == "v_prediction" else data)
+
+        last_call = {"features": None, "time_embedding": None}
+
+    scheduler = GenieScheduler(continuous=True, prediction_type=prediction_type)
+    process, batch = scheduler.process, points(32)
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    _, secant = train_genie_head.SlopeDistillation(LinearDenoiser(), process, prediction_type, secant_width=0.02)(
+        batch, torch.device("cpu")
+    )
+    timesteps = process.timestep_min + batch["times"].numpy() * (process.timestep_max - process.timestep_min)
+    # Eq. (2) for ε = x f(t): dε/dλ = f·(σ² x − σ x f) + x·f'·dt/dλ
+    alpha, sigma = process.coefficients(torch.from_numpy(timesteps), batch["images"])
+    sample = alpha * batch["images"] + sigma * batch["noise"]
+    f, f_dot = (
+        torch.from_numpy(v).reshape(-1, 1, 1, 1) for v in (np.sin(timesteps / 200), np.cos(timesteps / 200) / 200)
+    )
+    t_dot = torch.from_numpy(1 / process.log_snr_derivative(timesteps)).reshape(-1, 1, 1, 1)
+    expected = f * (sigma**2 * sample - sigma * sample * f) + sample * f_dot * t_dot
+    torch.testing.assert_close(secant, expected, rtol=5e-3, atol=2e-3)  # times go through float32
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 500, 999])
+def test_secant_is_centred_on_the_point_and_spans_the_width(base, timestep):
+    plain = UNet2DModel.from_pretrained(base, subfolder="unet").eval()
+    unet = GenieUNet2DModel.from_unet(plain, DerivativeHead.for_unet(plain))
+    called = []
+    unet.register_forward_pre_hook(lambda module, args: called.append(args[1]))
+    process, batch = GenieScheduler().process, points(1) | {"times": torch.tensor([timestep / 1000 + 1e-6])}
+    distillation = train_genie_head.SlopeDistillation(unet, process, "epsilon", 0.3, NULL_CLASS)
+    distillation(batch, torch.device("cpu"))
+    middle, cleaner, noisier = (process.log_snr(t.item()) for t in called)
+    assert noisier < cleaner and noisier <= middle <= cleaner
+    if timestep == 500:
+        assert cleaner - middle == pytest.approx(0.15, abs=0.02) and middle - noisier == pytest.approx(0.15, abs=0.02)
 
 
 def test_a_head_learns_the_slope_of_held_out_pictures(base, data, tmp_path):
