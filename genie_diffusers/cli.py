@@ -16,7 +16,6 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from . import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel, VariancePreserving
-from .models.derivative_head import FINGERPRINT_TOLERANCE, fingerprint
 from .schedulers.scheduling_utils import SIGMA_GRIDS
 from .schedulers.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
@@ -198,12 +197,9 @@ def info(model: Model = PACKAGED_MODEL, derivative_head: Head = None):
         "Derivative head": "none",
     }
     if head is not None:
-        noted = head.config.fingerprint
-        same = noted and np.allclose(noted, fingerprint(unet, len(noted)), rtol=0, atol=FINGERPRINT_TOLERANCE)
+        origin = "unknown" if head.config.fingerprint is None else "these" if head.matches(unet) else "other"
         size = f"width {head.config.width}, {head_size:,} parameters ({head_size / unet_size:.1%} of the UNet's)"
-        facts["Derivative head"] = (
-            f"{size}, distilled from {'these' if same else 'other' if noted else 'unknown'} weights"
-        )
+        facts["Derivative head"] = f"{size}, distilled from {origin} weights"
     for name, value in facts.items():
         typer.echo(f"{name:<17}{value}")
 

@@ -151,7 +151,7 @@ class SlopeDistillation:
         return inputs, slope
 
     def _derivative(self, sample, noise_prediction, timesteps, labels, alpha, sigma) -> torch.Tensor:
-        """dε/dλ at the point, Eq. (2) of docs/genie.md: one forward-mode pass over (x, t)."""
+        """dε/dλ at the point, Eq. (3) of docs/genie.md: one forward-mode pass over (x, t)."""
         velocity = sigma**2 * sample - sigma * noise_prediction
         t_dot = torch.from_numpy(1.0 / self.process.log_snr_derivative(timesteps.numpy()))
 

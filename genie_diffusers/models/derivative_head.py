@@ -131,14 +131,16 @@ class DerivativeHead(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"This derivative head needs a UNet with {name} {self.config[name]}, this one has {value}."
                 )
-        noted = self.config.fingerprint
-        if noted is not None:
-            distances = [abs(a - b) for a, b in zip(noted, fingerprint(unet), strict=False)]
-            if len(distances) != len(noted) or max(distances) > FINGERPRINT_TOLERANCE:
-                logger.warning(
-                    "This derivative head was distilled from other weights than this UNet's. That can be meant (a "
-                    "fine-tuned UNet, a fused LoRA), but its slopes may be off."
-                )
+        if not self.matches(unet):
+            logger.warning(
+                "This derivative head was distilled from other weights than this UNet's. That can be meant (a "
+                "fine-tuned UNet, a fused LoRA), but its slopes may be off."
+            )
+
+    def matches(self, unet: UNet2DModel) -> bool:
+        """Whether the head was distilled from the weights of `unet`, or does not say."""
+        noted, found = self.config.fingerprint, fingerprint(unet)
+        return noted is None or max(abs(a - b) for a, b in zip(noted, found, strict=True)) <= FINGERPRINT_TOLERANCE
 
     def check_process(self, process: VariancePreserving, prediction_type: str):
         """
@@ -168,22 +170,20 @@ def _sample_channels(unet: UNet2DModel) -> int:
 
 
 @torch.no_grad()
-def fingerprint(model: torch.nn.Module, count: int = 8) -> list[float]:
+def fingerprint(model: torch.nn.Module) -> list[float]:
     """
-    `count` numbers that tell the weights of `model` apart from others, whatever precision they are loaded in.
+    Eight numbers that tell the weights of `model` apart from others, whatever precision they are loaded in.
 
-    Each is ⟨w, c⟩/‖w‖ for one weight w of two or more dimensions (evenly chosen) and c_i = cos i.
+    Each weight w of two or more dimensions adds ⟨w, c⟩/‖w‖ to one of them, over its first 4,096 elements, c_i = cos i.
     """
     weights = [
         parameter
         for name, parameter in sorted(model.named_parameters())
         if parameter.ndim > 1 and not name.startswith("derivative_head.") and "lora" not in name
     ]
-    chosen = [weights[i * len(weights) // count] for i in range(min(count, len(weights)))]
-    numbers = []
-    for weight in chosen:
-        flat = weight.detach().flatten().double().cpu()
-        numbers.append(
-            round(float(flat @ torch.cos(torch.arange(flat.numel(), dtype=torch.float64)) / flat.norm()), 6)
-        )
-    return numbers
+    sums = [0.0] * 8
+    for i, weight in enumerate(weights):
+        start = weight.detach().flatten()[:4096].double().cpu()
+        pattern = torch.cos(torch.arange(start.numel(), dtype=torch.float64))
+        sums[i % 8] += float(start @ pattern) / max(float(start.norm()), torch.finfo(torch.float64).tiny)
+    return [round(value / math.sqrt(max(1, len(weights) / 8)), 6) for value in sums]

@@ -52,12 +52,12 @@ class GenieScheduler(TableScheduler):
             diffusers' spacing of timesteps, as its multistep solvers define it, and the offset of `"leading"`.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas (`bool`, default to `False`):
             diffusers' grids in noise level; they take precedence over `timestep_spacing`.
-        final_sigmas_type (`str`, *optional*), set_alpha_to_one (`bool`, defaults to `True`):
-            Where sampling ends: `"zero"`, clean data (the paper's final denoising step), or `"sigma_min"`, the
-            smallest noise level of the process. `None` is `"zero"` if `set_alpha_to_one`, else `"sigma_min"`.
+        final_sigmas_type (`str`, defaults to `"zero"`):
+            Where sampling ends, as in diffusers' multistep solvers: `"zero"`, clean data (the paper's final denoising
+            step), or `"sigma_min"`, the smallest noise level of the process.
         time_grid (`str`, *optional*):
-            A grid between both ends of the process: `"quadratic"` (the paper's default, even in √t), `"linear"` (even
-            in t), `"uniform_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what the keys
+            A grid between both ends of the process: `"quadratic"` (even in √t) and `"linear"` (even in t), the two of
+            the paper, `"uniform_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what the keys
             above say.
         method (`str`, defaults to `"taylor"`):
             The solver.
@@ -90,8 +90,7 @@ class GenieScheduler(TableScheduler):
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         use_lu_lambdas: bool = False,
-        final_sigmas_type: str | None = None,
-        set_alpha_to_one: bool = True,
+        final_sigmas_type: str = "zero",
         time_grid: str | None = None,
         method: str = "taylor",
         analytical_first_step: bool = False,

@@ -179,10 +179,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _end_is_noisy(self) -> bool:
         """Whether sampling ends at the smallest noise level of the process instead of at clean data."""
         final_sigmas_type = self.config.final_sigmas_type
-        if final_sigmas_type is None:
-            return not self.config.set_alpha_to_one
         if final_sigmas_type not in ("zero", "sigma_min"):
-            raise ValueError(f"`final_sigmas_type` must be 'zero', 'sigma_min' or None, got {final_sigmas_type!r}.")
+            raise ValueError(f"`final_sigmas_type` must be 'zero' or 'sigma_min', got {final_sigmas_type!r}.")
         return final_sigmas_type == "sigma_min"
 
     def _grid(self, num_inference_steps: int) -> np.ndarray:

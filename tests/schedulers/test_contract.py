@@ -127,7 +127,6 @@ OUR_VALUES = {
     "steps_offset": 1,
     "use_karras_sigmas": True,
     "final_sigmas_type": "sigma_min",
-    "set_alpha_to_one": False,
     "time_grid": "quadratic",
     "method": "taylor",
     "analytical_first_step": True,
@@ -167,6 +166,13 @@ def test_our_config_runs_in_diffusers_and_survives_the_way_back(name):
     back = GenieScheduler.from_config(theirs.config)
     assert {key: back.config[key] for key in OUR_VALUES} == OUR_VALUES
     torch.testing.assert_close(run_from_config(back), run_from_config(ours), rtol=0, atol=0)
+
+
+@every_diffusers_scheduler
+def test_our_defaults_run_in_diffusers_after_saving_and_loading(name, tmp_path):
+    GenieScheduler().save_pretrained(tmp_path)
+    theirs = diffusers_scheduler(name).from_config(GenieScheduler.from_pretrained(tmp_path).config)
+    assert torch.isfinite(run_from_config(theirs)).all()
 
 
 def test_keys_of_our_own_are_no_keys_of_diffusers():
@@ -245,7 +251,6 @@ def rewrite_by_registering(scheduler, key, value):
         ("num_train_timesteps", 500),
         ("rescale_betas_zero_snr", True),
         ("final_sigmas_type", "sigma_min"),
-        ("set_alpha_to_one", False),
         ("use_karras_sigmas", True),
         ("time_grid", "quadratic"),
         ("analytical_first_step", True),
@@ -585,7 +590,7 @@ def test_a_slope_of_another_shape_is_an_error():
     ],
     ids=lambda grid: "-".join(map(str, grid.values())),
 )
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10, 13, 25, 37, 50, 99, 250, 334, 500, 501, 750, 998, 999, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 25, 50, 99, 334, 500, 501, 999, 1000])
 def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(count, grid):
     count -= int(count == 1000 and "analytical_first_step" in grid)
     scheduler = ready(count, **grid)

@@ -154,7 +154,7 @@ def test_secant_tends_to_the_derivative_on_a_denoiser_smooth_in_time(prediction_
         batch, torch.device("cpu")
     )
     timesteps = process.timestep_min + batch["times"].numpy() * (process.timestep_max - process.timestep_min)
-    # Eq. (2) for ε = x f(t): dε/dλ = f·(σ² x − σ x f) + x·f'·dt/dλ
+    # Eq. (3) of docs/genie.md for ε = x f(t): dε/dλ = f·(σ² x − σ x f) + x·f'·dt/dλ
     alpha, sigma = process.coefficients(torch.from_numpy(timesteps), batch["images"])
     sample = alpha * batch["images"] + sigma * batch["noise"]
     f, f_dot = (
