@@ -15,7 +15,7 @@ help:
 	@echo "make lint   check style and types"
 
 demo: $(VENV)/.installed-cli
-	$(VENV)/bin/genie-diffusers compare
+	$(VENV)/bin/genie-diffusers compare --guidance 3 --seed 8 --classes 1,9,7,0,8,5,4,3
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -23,6 +23,7 @@ from torch.autograd.functional import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genie_diffusers import DerivativeHead, ExactSlope, GenieScheduler, GenieUNet2DModel
+from genie_diffusers.cli import PACKAGED_MODEL
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
@@ -55,13 +56,11 @@ def medians(repeats: int, **functions: Callable[[], object]) -> dict[str, float]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def model_costs(unet: UNet2DModel, batch_size: int, repeats: int) -> dict[str, float]:
-    """The head, the exact slope, and one training step of the head, against a forward pass of `unet`."""
+def model_costs(model: GenieUNet2DModel, batch_size: int, repeats: int) -> dict[str, float]:
+    """The head, the exact slope, and one training step of the head, against a forward pass of the UNet."""
     torch.manual_seed(0)
     scheduler = GenieScheduler()
-    head = DerivativeHead.for_unet(unet.eval(), scheduler.config)
-    model = GenieUNet2DModel.from_unet(unet, head).requires_grad_(False)
-    head.requires_grad_(True)
+    unet, head = model.eval().requires_grad_(False), model.derivative_head.requires_grad_(True)
     classes = unet.config.num_class_embeds
     labels = None if classes is None else torch.arange(batch_size) % (classes - 1)
     sample = torch.randn(batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -112,7 +111,7 @@ def model_costs(unet: UNet2DModel, batch_size: int, repeats: int) -> dict[str, f
     )
     exact.remove()
     return {
-        "parameters": sum(p.numel() for p in unet.parameters()),
+        "parameters": unet.num_parameters() - head.num_parameters(),
         "head_parameters": head.num_parameters(),
         "batch_size": batch_size,
         "forward_seconds": seconds["forward"],
@@ -191,7 +190,9 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "cost.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    checkpoint = ROOT.parent / "genie_diffusers" / "checkpoints" / "ddpm-cifar10-16" / "unet"
+    packaged = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet")
+    large = UNet2DModel(**DDPM_CIFAR10_32)
+    large = GenieUNet2DModel.from_unet(large, DerivativeHead.for_unet(large))
     results = {
         "command": "python benchmarks/cost.py",
         "environment": {
@@ -201,8 +202,8 @@ def main():
             "threads": args.threads,
         },
         "step": step_costs(20 * args.repeats),
-        "google/ddpm-cifar10-32 (random weights)": model_costs(UNet2DModel(**DDPM_CIFAR10_32), 4, args.repeats),
-        "packaged ddpm-cifar10-16": model_costs(UNet2DModel.from_pretrained(checkpoint), 16, args.repeats),
+        "google/ddpm-cifar10-32 (random weights)": model_costs(large, 4, args.repeats),
+        "packaged ddpm-cifar10-16": model_costs(packaged, 16, args.repeats),
     }
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -250,7 +250,7 @@ def sample_grid(unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.N
     images = []
     for has_head in (True, False):
         scheduler = GenieScheduler.from_config(
-            scheduler_config, time_grid="quadratic", analytical_first_step=True, clip_sample=False
+            scheduler_config, time_grid="linear", analytical_first_step=True, clip_sample=False
         )
         pipeline = GeniePipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -275,7 +275,7 @@ def write_card(args: argparse.Namespace, facts: dict) -> None:
             f'base = DiffusionPipeline.from_pretrained("{base}")\n'
             f'unet = GenieUNet2DModel.from_unet(base.unet, derivative_head="{repository}")\n'
             "scheduler = GenieScheduler.from_config(\n"
-            '    base.scheduler.config, time_grid="quadratic", analytical_first_step=True, clip_sample=False\n)\n'
+            '    base.scheduler.config, time_grid="linear", analytical_first_step=True, clip_sample=False\n)\n'
             "images = GeniePipeline(unet, scheduler)(num_inference_steps=10).images"
         ),
         facts=facts,

@@ -2,12 +2,9 @@
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (see scheduling_utils)
-from diffusers.utils import logging
 
 from .interpolation import interpolation_weights, polynomial_moments
 from .scheduling_utils import Row, TableScheduler
-
-logger = logging.get_logger(__name__)
 
 METHODS = ("taylor",)
 

@@ -389,22 +389,21 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _remember(self, model_output: torch.Tensor, sample: torch.Tensor, index: int):
         """Put the current prediction, and its slope if there is a source, in front of the history."""
         given = {"sample": (sample,), "output": (model_output,)}
-        noise = None
         if self._clips:
-            data = self._clip(self._apply("to_data", index, given))
-            prediction = data
-            if not self.data_form:
-                noise = self._apply("data_to_noise", index, {"sample": (sample,), "data": (data,)})
-                prediction = noise
+            own_data = self._apply("to_data", index, given)
+            data = self._clip(own_data)
+            clipped = {"sample": (sample,), "data": (data,)}
+            prediction = data if self.data_form else self._apply("data_to_noise", index, clipped)
         else:
             prediction = self._apply("to_data" if self.data_form else "to_noise", index, given)
-            noise = None if self.data_form else prediction
-        # History in the model's precision; sums are formed in at least float32.
-        self._predictions.appendleft(prediction.to(model_output.dtype))
         slope = None
         if index in self._sloped:
-            noise = self._apply("to_noise", index, given) if noise is None else noise
-            slope = self._slope(sample, noise, index)
+            # A source knows the prediction of its model, not the clipped one.
+            slope = self._slope(sample, self._apply("to_noise", index, given), index)
+            if self._clips:  # where x_0 is held, dx_0/dλ = 0 and with it dε/dλ = −(α/σ) dx_0/dλ
+                slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
+        # History in the model's precision; sums are formed in at least float32.
+        self._predictions.appendleft(prediction.to(model_output.dtype))
         self._slopes.appendleft(slope)
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:

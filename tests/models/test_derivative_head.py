@@ -103,10 +103,21 @@ def test_its_configuration_is_plain_json_of_all_that_the_schedule_depends_on(une
     head.check_process(VariancePreserving.from_config(config), "epsilon")
 
 
-def test_it_fits_the_unet_it_is_made_for(unet, head):
-    for config in ({}, {"block_out_channels": (16, 16)}, {"in_channels": 3, "out_channels": 3}):
-        model = unet(**config)
-        head(model).check_fits(model)
+@pytest.mark.parametrize(
+    ("config", "channels"),
+    [
+        ({}, 2),
+        ({"block_out_channels": (16, 16)}, 2),
+        ({"in_channels": 3, "out_channels": 3}, 3),
+        ({"in_channels": 5}, 2),
+        ({"out_channels": 4}, 2),
+    ],
+    ids=["", "wider", "three channels", "with a mask", "with variances"],
+)
+def test_it_fits_the_unet_it_is_made_for_and_has_the_channels_of_the_sample(unet, head, config, channels):
+    model = unet(**config)
+    head(model).check_fits(model)
+    assert head(model).config.in_channels == channels
 
 
 @pytest.mark.parametrize(
@@ -165,14 +176,12 @@ def test_other_weights_warn(unet, head, caplog):
     assert warnings_about_weights(caplog, head(unet()), unet(seed=1)) == 1
 
 
-def test_finetuned_weights_warn(unet, head, caplog):
+def test_weights_that_training_moved_by_a_tenth_warn(unet, head, noise, caplog):
     model = unet()
     tuned = head(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += (
-                0.2 * parameter.std(correction=0) * torch.cos(torch.arange(parameter.numel())).view_as(parameter)
-            )
+        for seed, weight in enumerate(model.parameters()):
+            weight += 0.1 * weight.norm() / weight.numel() ** 0.5 * noise(*weight.shape, seed=seed)
     assert warnings_about_weights(caplog, tuned, model) == 1
 
 

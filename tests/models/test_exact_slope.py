@@ -149,6 +149,7 @@ def test_the_model_is_left_as_it_was(unet, process, noise):
     source.bind(process, "epsilon")
     source(x, call(model, x), TIMESTEP)
 
+    assert source._call.arguments["sample"] is x  # the call of the pipeline, not the differentiated one
     assert hooks(model) == attached
     assert sdpa_backends() == backends_before
     assert list(model.modules()) == modules_before

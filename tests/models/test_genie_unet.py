@@ -139,18 +139,21 @@ def test_under_guidance_every_branch_sees_the_guided_prediction_and_has_its_weig
     assert not torch.allclose(expected, branch_slopes[1], rtol=1e-2)
 
 
-def test_variances_that_the_unet_also_predicts_are_none_of_the_heads_business(unet, head_for, noise):
+@pytest.mark.parametrize("branches", [1, 2], ids=["unguided", "guided"])
+def test_variances_that_the_unet_also_predicts_are_none_of_the_heads_business(unet, head_for, noise, branches):
     plain, x = unet(out_channels=4), noise(2, 2, 8, 8)
     model = GenieUNet2DModel.from_unet(plain, head_for(plain))
     scheduler = GenieScheduler(variance_type="learned_range")
     scheduler.attach(model)
     scheduler.set_timesteps(3)
     t = scheduler.timesteps[0]
-    with_variances = denoise(model, x, t=t)
-    source = model.slope_source
-    source.bind(scheduler.process, "epsilon")
-    assert source(x, with_variances[:, :2], float(t)).shape == x.shape
-    assert scheduler.step(with_variances, t, x).prev_sample.shape == x.shape
+    parts = denoise(model, x.repeat(branches, 1, 1, 1), BRANCH_LABELS[: 2 * branches], t).chunk(branches)
+    with_variances = parts[0] + 3.0 * (parts[-1] - parts[0])
+    by_head = scheduler.step(with_variances, t, x).prev_sample
+    scheduler.attach(None)
+    scheduler.set_timesteps(3)
+    assert by_head.shape == x.shape
+    assert not torch.allclose(by_head, scheduler.step(with_variances, t, x).prev_sample)
 
 
 def test_it_is_saved_and_loaded_with_its_head(genie_unet, noise, tmp_path):

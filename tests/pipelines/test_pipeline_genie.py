@@ -401,7 +401,7 @@ def test_latents_are_left_as_they_are(pipe):
         ({"num_inference_steps": 0}, ("`num_inference_steps`", "got 0")),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ("`callback_on_step_end_tensor_inputs`", "'noise'")),
     ],
-    ids=str,
+    ids=lambda value: " and ".join(value) if isinstance(value, dict) else "",
 )
 def test_contradictions_are_errors_before_the_model_is_called(class_pipe, options, parts):
     calls = Calls(class_pipe.unet)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import weakref
 
 import diffusers
 import numpy as np
@@ -18,11 +19,12 @@ ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SHAPE = (2, 3, 4, 4)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+# diffusers hands tensors to numpy
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
 
 
 def alpha_sigma(t) -> tuple[float, float]:
-    alpha_cumprod = ALPHAS_CUMPROD[int(t)]
+    alpha_cumprod = float(ALPHAS_CUMPROD[int(t)])
     return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
 
 
@@ -502,6 +504,17 @@ def test_use_past_the_end_is_an_error_until_the_timesteps_are_set_again():
     torch.testing.assert_close(run(scheduler, noise()), first, rtol=0, atol=0)
 
 
+def test_a_finished_run_keeps_no_tensors():
+    scheduler, kept = ready(), []
+
+    def model(x, t):
+        kept.append(weakref.ref(output := 0.3 * x))
+        return output
+
+    run(scheduler, noise(), model)
+    assert [reference() for reference in kept] == [None] * 5
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_timestep_that_is_not_in_the_list_is_an_error(as_tensor):
     scheduler = ready()
@@ -610,7 +623,7 @@ def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(count, gri
 def test_continuous_process_runs_to_the_end_with_any_number_of_steps(count):
     def alpha_sigma_continuous(t):
         time = float(t) / 999
-        alpha_cumprod = np.exp(-(0.1 * time + 0.5 * 19.9 * time**2))
+        alpha_cumprod = float(np.exp(-(0.1 * time + 0.5 * 19.9 * time**2)))
         return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
 
     def one_point_continuous(x, t):
@@ -872,3 +885,29 @@ def test_samples_do_not_depend_on_the_split_into_batches(config):
     whole = run(ready(6, **config), x)
     parts = torch.cat([run(ready(6, **config), part) for part in (x[:1], x[1:3], x[3:])])
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"clip_sample": True, "clip_sample_range": 0.5}, {"thresholding": True}])
+def test_a_source_is_given_the_prediction_of_the_model_and_counts_where_it_is_not_clipped(options):
+    scheduler = GenieScheduler(time_grid="quadratic", **options)
+    given = []
+
+    def source(sample, noise_prediction, timestep, **kwargs):
+        given.append(noise_prediction)
+        return torch.ones_like(sample)
+
+    scheduler.attach(source)
+    scheduler.set_timesteps(4)
+    data, output = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sample = float(scheduler.alphas[0]) * data + float(scheduler.noise_stds[0]) * output
+    with_slope = scheduler.step(output, scheduler.timesteps[0], sample).prev_sample
+    torch.testing.assert_close(given[0], output, rtol=0, atol=0)
+
+    scheduler.attach(None)
+    scheduler.set_timesteps(4)
+    without_slope = scheduler.step(output, scheduler.timesteps[0], sample).prev_sample
+    if "clip_sample" in options:
+        held = data.abs() > 0.5
+        assert held.any() and not held.all()
+        assert torch.equal(with_slope[held], without_slope[held])
+        assert not torch.isclose(with_slope[~held], without_slope[~held]).any()

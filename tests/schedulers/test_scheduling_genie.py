@@ -171,6 +171,20 @@ def test_one_step_to_clean_data_is_the_predicted_data(noise):
     torch.testing.assert_close(scheduler.step(model_output, t, x).prev_sample, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_source", [True, False], ids=["source", ""])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_clipping_where_nothing_is_clipped_changes_nothing(run, noise, slope_source, prediction_type, with_source):
+    def sample(**clipping):
+        scheduler = GenieScheduler(continuous=True, prediction_type=prediction_type, time_grid="quadratic", **clipping)
+        scheduler.attach(slope_source(scheduler) if with_source else None)
+        scheduler.set_timesteps(8)
+        return run(scheduler, noise(5, 2))
+
+    free = sample()
+    torch.testing.assert_close(sample(clip_sample=True, clip_sample_range=100.0), free, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(sample(clip_sample=True, clip_sample_range=0.3), free, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"continuous": True, "time_grid": "quadratic"}], ids=["discrete", "continuous"]
 )
