@@ -38,7 +38,6 @@ class ExactSlope:
         self._model = getattr(model, "_orig_mod", model)  # forward mode needs the module behind `torch.compile`
         self._signature = inspect.signature(self._model.forward)
         self._call: inspect.BoundArguments | None = None
-        self._output: torch.Tensor | None = None
         self._recording = True
         self._process: VariancePreserving | None = None
         self._check = RunCheck()
@@ -47,7 +46,7 @@ class ExactSlope:
     def remove(self):
         """Take the hook off the denoiser and forget its last call."""
         self._hook.remove()
-        self._call = self._output = None
+        self._call = None
 
     def bind(self, process: VariancePreserving, prediction_type: str):
         """Called by the scheduler with the diffusion it samples and what the denoiser predicts."""
@@ -56,7 +55,6 @@ class ExactSlope:
     def _record(self, module, args, kwargs, output):
         if self._recording:
             self._call = self._signature.bind(*args, **kwargs)
-            self._output = _tensor(output)
 
     @torch.no_grad()
     def __call__(

@@ -66,7 +66,9 @@ def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: 
     lengths = columns.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     columns = columns / lengths[:, None]
     gram = columns.mT @ columns
-    solution = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ (columns.mT @ target[..., None])
+    # Branches may coincide. A touch of regularisation, and `inv_ex`, which unlike others does not wait for the device.
+    regularised = gram + 1e-7 * torch.eye(gram.shape[-1], device=gram.device)
+    solution = torch.linalg.inv_ex(regularised).inverse @ (columns.mT @ target[..., None])
     if check_residual:
         residual = (target - (columns @ solution)[..., 0]).norm(dim=1) / target.norm(dim=1)
         if residual.max() > NONLINEAR_RESIDUAL:

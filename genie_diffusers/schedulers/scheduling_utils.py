@@ -255,15 +255,29 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         to_data = [self._conversion(i, to_data=True) for i in steps]
         to_noise = [self._conversion(i, to_data=False) for i in steps]
         back = [self._data_to_noise(i) for i in steps]
-        corrected = [{("sample", 0): 1.0, **correction} for correction in self.corrections]
         self._rows = {
-            "step": self.table,
-            "correct": corrected,
+            "step": [self._folded(i) for i in steps],
             "to_data": to_data,
             "to_noise": to_noise,
             "data_to_noise": back,
         }
         self._device_rows: dict = {}
+
+    def _folded(self, index: int) -> Row:
+        """
+        The whole step `index` as one row: the correction, then the update, both by way of the model output itself.
+
+        Near pure noise ε and its weight are so large that the conversion of the output and the update nearly cancel;
+        adding their weights in float64 leaves nothing to cancel in the precision of the sample.
+        """
+        row, of_sample = dict(self.table[index]), self.table[index].get(("sample", 0), 0.0)
+        for column, weight in self.corrections[index].items():
+            row[column] = row.get(column, 0.0) + of_sample * weight
+        if not self._clips and ("prediction", 0) in row:
+            of_prediction = row.pop(("prediction", 0))
+            for column, weight in self._conversion(index, self.data_form).items():
+                row[column] = row.get(column, 0.0) + of_prediction * weight
+        return row
 
     def _conversion(self, index: int, to_data: bool) -> Row:
         """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0."""
@@ -374,9 +388,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         index = self._locate(timestep)
         model_output = self._without_variance(model_output, sample)
         self._remember(model_output, sample, index)
-        tensors = {"sample": (sample,), "prediction": self._predictions, "slope": self._slopes}
-        if self.corrections[index]:
-            tensors["sample"] = (self._apply("correct", index, tensors),)
+        tensors = {
+            "sample": (sample,),
+            "output": (model_output,),
+            "prediction": self._predictions,
+            "slope": self._slopes,
+        }
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
@@ -402,8 +419,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             slope = self._slope(sample, self._apply("to_noise", index, given), index)
             if self._clips:  # where x_0 is held, dx_0/dλ = 0 and with it dε/dλ = −(α/σ) dx_0/dλ
                 slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
-        # History in the model's precision; sums are formed in at least float32.
-        self._predictions.appendleft(prediction.to(model_output.dtype))
+        self._predictions.appendleft(prediction)
         self._slopes.appendleft(slope)
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:

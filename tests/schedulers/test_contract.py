@@ -911,3 +911,16 @@ def test_a_source_is_given_the_prediction_of_the_model_and_counts_where_it_is_no
         assert held.any() and not held.all()
         assert torch.equal(with_slope[held], without_slope[held])
         assert not torch.isclose(with_slope[~held], without_slope[~held]).any()
+
+
+@pytest.mark.parametrize("schedule", [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float16, 5e-4), (torch.float32, 1e-7)])
+def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(schedule, dtype, rounding):
+    scheduler = GenieScheduler(**schedule, prediction_type="v_prediction", timestep_spacing="trailing")
+    sample, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ends = []
+    for precision in (dtype, torch.float64):
+        scheduler.set_timesteps(20)
+        first = scheduler.timesteps[0]
+        ends.append(scheduler.step(output.to(precision), first, sample.to(precision)).prev_sample.double())
+    assert (ends[0] - ends[1]).norm() < rounding * ends[1].norm()
