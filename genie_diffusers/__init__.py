@@ -1,6 +1,7 @@
 """Fast sampling for Hugging Face diffusers.
 
-Importing this package makes its schedulers and models known to `DiffusionPipeline.from_pretrained`.
+Importing this package makes its schedulers and models known to `DiffusionPipeline.from_pretrained`; its own pipelines
+are loaded by their own `from_pretrained`.
 """
 
 from .models import DerivativeHead, ExactSlope, GenieUNet2DModel

@@ -26,6 +26,7 @@ from training_utils import (
     TrainingStream,
     add_data_arguments,
     add_training_arguments,
+    check_labels,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -160,14 +161,6 @@ def num_classes(unet: UNet2DModel, label_dropout: float) -> int | None:
     if unet.config.num_class_embeds is None:
         return None
     return unet.config.num_class_embeds - (1 if label_dropout > 0 else 0)
-
-
-def check_labels(labels: list[int], classes: int) -> None:
-    if min(labels) < 0 or max(labels) >= classes:
-        raise ValueError(
-            f"Labels must be between 0 and {classes - 1} for this UNet (`num_class_embeds`, less the null class of "
-            f"`--label_dropout`), got {min(labels)} to {max(labels)}."
-        )
 
 
 def sample_grid(

@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 
 from genie_diffusers import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel, VariancePreserving
 from genie_diffusers.model_card import create_model_card
+from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.models.exact_slope import forward_mode, slope_of_noise, to_noise_prediction
 from training_utils import (
     RunLog,
     TrainingStream,
     add_data_arguments,
     add_training_arguments,
+    check_labels,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -156,7 +158,7 @@ class SlopeDistillation:
         t_dot = torch.from_numpy(1.0 / self.process.log_snr_derivative(timesteps.numpy()))
 
         def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(x, t, class_labels=labels).sample
+            return self.unet(x, t, class_labels=labels).sample[:, : x.shape[1]]  # without learned variances
 
         times, t_dot = (values.to(sample.device, torch.float32) for values in (timesteps, t_dot))
         with forward_mode(self.unet):
@@ -184,7 +186,7 @@ class SlopeDistillation:
         return (predictions[0] - predictions[1]) / width
 
     def _predict(self, sample, timesteps, labels, alpha, sigma) -> torch.Tensor:
-        output = self.unet(sample, timesteps, class_labels=labels).sample
+        output = self.unet(sample, timesteps, class_labels=labels).sample[:, : sample.shape[1]]
         return to_noise_prediction(output, sample, alpha, sigma, self.prediction_type)
 
     def _branches(
@@ -246,7 +248,9 @@ def plot_error(error: np.ndarray, process: VariancePreserving, path) -> None:
 def sample_grid(unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.Namespace) -> Image.Image:
     """Two rows of pictures from the same noise: with the head, and head-free."""
     classes = unet.config.num_class_embeds
-    condition = {"class_labels": [i % (classes - 1) for i in range(8)]} if classes is not None else {"batch_size": 8}
+    condition = (
+        {"class_labels": [i % max(1, classes - 1) for i in range(8)]} if classes is not None else {"batch_size": 8}
+    )
     images = []
     for has_head in (True, False):
         scheduler = GenieScheduler.from_config(
@@ -302,6 +306,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.head_width is None:
         head = DerivativeHead.from_pretrained(args.derivative_head)
         head.check_process(scheduler.process, scheduler.config.prediction_type)
+        head.register_to_config(fingerprint=fingerprint(unet))
     else:
         raise ValueError("`--head_width` is that of `--derivative_head`, leave it out.")
     unet = GenieUNet2DModel.from_unet(unet, head).requires_grad_(False)
@@ -313,6 +318,8 @@ def main(args: argparse.Namespace) -> None:
             "`--max_guidance_scale` must be at least 1, and 1 for a model without classes, got "
             f"{args.max_guidance_scale}."
         )
+    if args.target == "secant" and not args.secant_width > 0:
+        raise ValueError(f"`--secant_width` must be positive, got {args.secant_width}.")
     resolution, channels = unet.config.sample_size, unet.config.in_channels
     if args.resolution not in (None, resolution):
         raise ValueError(f"`--resolution` must be {resolution}, the model's `sample_size`, got {args.resolution}.")
@@ -328,6 +335,9 @@ def main(args: argparse.Namespace) -> None:
             label_column=None if classes is None else args.label_column,
             cache_dir=args.cache_dir,
         )
+    if classes is not None:
+        has_null_class = args.label_dropout > 0 or args.max_guidance_scale > 1
+        check_labels(pictures.unique("label"), classes - has_null_class)
     if not 0 < args.validation_samples < len(pictures):
         raise ValueError(
             f"`--validation_samples` must be between 1 and {len(pictures) - 1}, got {args.validation_samples}."

@@ -169,6 +169,14 @@ def _to_pixels(example: dict, resolution: int, mode: str) -> dict:
     return {"pixels": image.resize((resolution, resolution), Image.Resampling.BOX, box=square).tobytes()}
 
 
+def check_labels(labels: list[int], classes: int) -> None:
+    if min(labels) < 0 or max(labels) >= classes:
+        raise ValueError(
+            f"Labels must be between 0 and {classes - 1} for this UNet (`num_class_embeds`, less the null class)"
+            f", got {min(labels)} to {max(labels)}."
+        )
+
+
 class TrainingStream(torch.utils.data.Dataset):
     """
     An endless stream of training samples, each a pure function of `seed` and its position in the stream.

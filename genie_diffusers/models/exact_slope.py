@@ -19,8 +19,8 @@ class ExactSlope:
         dε/dλ = ∂ε/∂x · (σ² x − σ ε) + ∂ε/∂t · dt/dλ
 
     is one forward-mode Jacobian-vector product over (x, t) together, at the arguments of the denoiser's last call.
-    Under guidance every branch is differentiated along the guided velocity. It costs between four and five forward
-    passes a step on top of the step's own.
+    Under guidance every branch is differentiated along the guided velocity. It costs three to five forward passes
+    a step on top of the step's own (`benchmarks/cost.py`).
 
     Args:
         model (`torch.nn.Module`):

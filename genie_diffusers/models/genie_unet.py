@@ -1,6 +1,7 @@
 """UNets that carry a derivative head. Their output is that of the plain UNet."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -102,10 +103,10 @@ class _GenieUNet(torch.nn.Module):
         """The forward method of the plain UNet; what the derivative head reads is kept until the next call."""
         output = super().forward(sample, *args, **kwargs)
         self.last_call = {
-            "sample": sample,
-            "output": output[0],
-            "features": self._features,
-            "time_embedding": self._time_embedding,
+            "sample": sample.detach(),
+            "output": output[0].detach(),
+            "features": self._features.detach(),
+            "time_embedding": self._time_embedding.detach(),
         }
         return output
 
@@ -115,24 +116,31 @@ class _GenieUNet(torch.nn.Module):
         return HeadSlope(self)
 
     @classmethod
-    def from_unet(cls: type[Model], unet: UNet2DModel, derivative_head: DerivativeHead | str, **kwargs) -> Model:
+    def from_unet(
+        cls: type[Model], unet: UNet2DModel, derivative_head: DerivativeHead | str | os.PathLike, **kwargs
+    ) -> Model:
         """
         The same UNet with a derivative head. Its weights are shared with `unet`, not copied.
 
         Args:
             unet: The plain UNet.
             derivative_head ([`DerivativeHead`] or `str`):
-                The head, or the Hub id or folder to load it from.
+                The head, or the Hub id or folder to load it from. It is moved to device and precision of the UNet.
             kwargs:
                 Passed to `DerivativeHead.from_pretrained`, such as `subfolder`, `revision` or `token`.
 
         Raises:
             ValueError: If the head does not fit the UNet.
         """
-        if isinstance(derivative_head, str):
+        if isinstance(derivative_head, DerivativeHead):
+            head = derivative_head
+        elif isinstance(derivative_head, (str, os.PathLike)):
             head = DerivativeHead.from_pretrained(derivative_head, **kwargs)
         else:
-            head = derivative_head
+            raise ValueError(
+                "`derivative_head` must be a `DerivativeHead`, a folder or a Hub id, got "
+                f"{type(derivative_head).__name__}."
+            )
         head.check_fits(unet)
         config = {key: value for key, value in unet.config.items() if key in inspect.signature(cls).parameters}
         with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Unconditional and class-conditional sampling in pixel space."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -128,6 +129,8 @@ class GeniePipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")
         num_classes = self.unet.config.num_class_embeds
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
         if class_labels is not None:
             if num_classes is None:
                 raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")

@@ -96,7 +96,7 @@ class VariancePreserving:
         """
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) < 2 or not np.all((betas > 0) & (betas < 1)):
-            raise ValueError("betas must be a sequence of at least two numbers inside (0, 1).")
+            raise ValueError("`betas` must be a sequence of at least two numbers inside (0, 1).")
         alphas = np.sqrt(np.cumprod(1.0 - betas))
         if rescale_zero_terminal_snr:
             alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
@@ -218,6 +218,12 @@ class VariancePreserving:
     def coefficients(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α_t and σ_t as tensors of shape `(batch, 1, ...)` with dtype and device of `like`."""
         on_host = timesteps.detach().cpu().double().numpy()
+        smallest, largest = (-1.0 if self.is_discrete else 0.0), self.timestep_max * (1 + 1e-6)
+        if on_host.size and not (smallest <= on_host.min() and on_host.max() <= largest):
+            raise ValueError(
+                f"`timesteps` must lie between {self.timestep_min:g} and {self.timestep_max:g}, got "
+                f"{on_host.min():g} to {on_host.max():g}."
+            )
         shape = (-1,) + (1,) * (like.ndim - 1)
         alpha, sigma = (
             torch.as_tensor(values(on_host), dtype=like.dtype, device=like.device).reshape(shape)

@@ -15,6 +15,7 @@ import torch
 # A pipeline finds a saved component by the names in the module that defines it, so `SchedulerMixin` is imported here
 # and in every module with a scheduler.
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
 from ..processes import VariancePreserving
@@ -250,6 +251,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         depth = max(lag for _, _, lag in used) + 1
         self._predictions: deque = deque(maxlen=depth)
         self._slopes: deque = deque(maxlen=depth)
+        self._previous_noise: torch.Tensor | None = None
         self._clips = bool(self.config.clip_sample or self.config.thresholding)
         # All conversions of the model output are linear in (sample, output), so they are rows as well.
         to_data = [self._conversion(i, to_data=True) for i in steps]
@@ -341,6 +343,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         An attachment is not part of the configuration: attach again after `from_config` or loading.
         """
         source = getattr(source, "slope_source", source)
+        if isinstance(source, ModelMixin):
+            raise ValueError(
+                f"`source` must know slopes, which a plain `{type(source).__name__}` does not: add a derivative head "
+                "with `GenieUNet2DModel.from_unet`, or attach `ExactSlope(unet)`."
+            )
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
         self._bind(source)
@@ -399,6 +406,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index == self.num_inference_steps:
             self._predictions.clear()
             self._slopes.clear()
+            self._previous_noise = None
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
@@ -417,18 +425,24 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if index in self._sloped:
             # A source knows the prediction of its model, not the clipped one.
             slope = self._slope(sample, self._apply("to_noise", index, given), index)
-            if self._clips:  # where x_0 is held, dx_0/dλ = 0 and with it dε/dλ = −(α/σ) dx_0/dλ
+            # Where x_0 is held at a limit, dx_0/dλ = 0, and with it dε/dλ = −(α/σ) dx_0/dλ. Where thresholding
+            # rescales a whole sample the slope is left out too.
+            if self._clips:
                 slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
         self._predictions.appendleft(prediction)
         self._slopes.appendleft(slope)
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
+        history_slope = None
+        if self._previous_noise is not None:
+            history_slope = (noise - self._previous_noise) / float(self.lambdas[index] - self.lambdas[index - 1])
+        self._previous_noise = noise
         slope = self._slope_source(
             sample,
             noise.to(sample.dtype),
             self._host_timesteps[index],
             step=float(self.lambdas[index + 1] - self.lambdas[index]),
-            history_slope=None,
+            history_slope=history_slope,
         )
         if slope.shape != sample.shape:
             raise ValueError(
@@ -496,6 +510,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If no step is.
         """
+        if self.num_inference_steps is None:
+            raise ValueError("`set_timesteps` must be called before `index_for_timestep`.")
         value = np.float32(_as_float(timestep))
         matches = [i for i, visited in enumerate(self._host_timesteps) if np.float32(visited) == value]
         if not matches:

@@ -924,3 +924,32 @@ def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(schedule, d
         first = scheduler.timesteps[0]
         ends.append(scheduler.step(output.to(precision), first, sample.to(precision)).prev_sample.double())
     assert (ends[0] - ends[1]).norm() < rounding * ends[1].norm()
+
+
+def test_a_source_is_told_the_slope_that_the_history_knows():
+    scheduler = GenieScheduler(time_grid="uniform_lambda")
+    told = []
+
+    def source(sample, noise_prediction, timestep, *, step, history_slope):
+        told.append(history_slope)
+        return torch.zeros_like(sample)
+
+    scheduler.attach(source)
+    for _ in range(2):  # the second run knows nothing of the first
+        scheduler.set_timesteps(4)
+        outputs = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+            scheduler.step(output, timestep, torch.ones_like(output))
+        assert told[0] is None and len(told) == 3  # no slope is needed for the step to clean data
+        for index in (1, 2):
+            width = scheduler.lambdas[index] - scheduler.lambdas[index - 1]
+            torch.testing.assert_close(told[index], (outputs[index] - outputs[index - 1]) / width)
+        told.clear()
+
+
+def test_attaching_a_model_without_a_head_is_refused():
+    model = diffusers.UNet2DModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
+    with pytest.raises(ValueError, match="`source` must know slopes, which a plain `UNet2DModel` does not"):
+        GenieScheduler().attach(model)
