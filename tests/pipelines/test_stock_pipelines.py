@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from safetensors.torch import load_file
 
 import genie_diffusers
 from genie_diffusers import ExactSlope, GeniePipeline, GenieScheduler
@@ -338,6 +339,7 @@ import torch
 import genie_diffusers
 from diffusers import DiffusionPipeline
 from genie_diffusers import ExactSlope, GeniePipeline
+from safetensors.torch import save_file
 
 folder, out = sys.argv[1:]
 images, facts = {}, {}
@@ -352,7 +354,7 @@ for name, options in json.load(open(folder + "/pipelines.json")).items():
         images[f"{name}, {source}"] = torch.as_tensor(
             pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=3, **options).images
         )
-torch.save(images, out)
+save_file({name: image.contiguous() for name, image in images.items()}, out)
 print(json.dumps(facts))
 """
 
@@ -387,7 +389,7 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
     package = Path(genie_diffusers.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
     fresh = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path), str(tmp_path / "images.pt")],
+        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path), str(tmp_path / "images.safetensors")],
         env={**environment, "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -400,7 +402,7 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
         "genie": ["GeniePipeline", "GenieScheduler", "GenieUNet2DModel"],
         "stable-diffusion": ["StableDiffusionPipeline", "GenieScheduler", "UNet2DConditionModel"],
     }
-    images = torch.load(tmp_path / "images.pt")
+    images = load_file(tmp_path / "images.safetensors")
     assert images.keys() == expected.keys()
     for name in images:
         torch.testing.assert_close(

@@ -139,7 +139,7 @@ def test_result_is_a_pipeline_that_loads_in_a_fresh_process(resumed):
 def test_saved_weights_are_the_averaged_ones(resumed):
     saved = list(UNet2DModel.from_pretrained(resumed[0] / "unet").parameters())
     checkpoint = resumed[0] / "checkpoint-30"
-    averaged = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=False)["shadow_params"]
+    averaged = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=True)["shadow_params"]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(saved, averaged, strict=True))
     assert not all(
         torch.equal(ours, theirs)
