@@ -17,11 +17,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..processes import VariancePreserving
 from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
 
-#: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), …
+#: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
 #: the weights of one update; what is not named has weight zero
 Row = dict[Column, float]
@@ -82,6 +83,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         The weights of step `index`, with the predictions of `known` steps at hand, the current one included.
 
+        The weight of `("noise", 0)` is the standard deviation of the fresh noise that the step adds.
         `self.alphas`, `self.noise_stds`, `self.lambdas` hold α, σ and λ at the visited points and the end.
         """
         raise NotImplementedError
@@ -380,7 +382,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of the same shape):
                 The current sample x_t. Edits made between steps are kept.
             generator (`torch.Generator` or list of them, *optional*):
-                Accepted as by every diffusers scheduler; deterministic samplers draw nothing from it.
+                What fresh noise is drawn from, one for the batch or one for each sample; deterministic samplers draw
+                nothing.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`~schedulers.scheduling_utils.SchedulerOutput`] or a tuple.
             kwargs:
@@ -388,8 +391,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError:
-                If the timesteps are not set, all steps are taken, `timestep` is not the one whose turn it is, or the
-                shapes differ.
+                If the timesteps are not set, all steps are taken, `timestep` is not the one whose turn it is, the
+                shapes differ, or there are not as many generators as samples.
         """
         self._refuse_options(kwargs)
         index = self._locate(timestep)
@@ -401,6 +404,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             "prediction": self._predictions,
             "slope": self._slopes,
         }
+        if self._rows["step"][index].get(("noise", 0), 0.0) != 0.0:
+            tensors["noise"] = (self._draw(sample, generator),)
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
@@ -449,6 +454,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 f"The slope source must return the shape {tuple(sample.shape)} of `sample`, got {tuple(slope.shape)}."
             )
         return slope
+
+    def _draw(self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        """Standard normal noise, the same for every split of the batch if each sample has a generator of its own."""
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(
+                f"`generator` must be one generator or one for each of the {len(sample)} samples, got {len(generator)}."
+            )
+        return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
     def _clip(self, data: torch.Tensor) -> torch.Tensor:
         """Clip x_0 to ±`clip_sample_range`, or threshold it dynamically (Saharia et al., 2022, Section 2.3)."""
