@@ -112,16 +112,30 @@ def test_standard_error_is_the_spread_over_independent_sets(name, noise):
         return frechet_estimate(features, real.mean(dim=0), real.T.cov())
 
     estimates = [estimate(seed) for seed in range(200)]
-    spread = np.std([value for value, _ in estimates], ddof=1)
-    errors = [error for _, error in estimates]
+    spread = np.std([estimate.value for estimate in estimates], ddof=1)
+    errors = [estimate.standard_error for estimate in estimates]
     # 200 sets know the spread to 5%; the jackknife is biased upwards by about as much.
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(spread, rel=0.2)
 
 
-def test_estimates_hold_the_plain_distances(moments, noise):
-    features, real = noise(120, 5), noise(100, 5, seed=1)
-    assert frechet_estimate(features, *moments).value == frechet_distance(features, *moments).item()
-    assert kernel_estimate(features, real).value == pytest.approx(kernel_distance(features, real).item(), rel=1e-12)
+def test_estimates_are_the_distances_with_and_without_each_group(moments, noise):
+    features, real = noise(130, 5), noise(100, 5, seed=1)
+    for estimate, distance in (
+        (frechet_estimate(features, *moments), lambda left: frechet_distance(left, *moments)),
+        (kernel_estimate(features, real), lambda left: kernel_distance(left, real)),
+    ):
+        assert estimate.value == pytest.approx(distance(features).item(), rel=1e-12)
+        groups = torch.arange(130) * 50 // 130
+        left_out = [distance(features[groups != i]).item() for i in range(50)]
+        assert estimate.replicates == pytest.approx(left_out, rel=1e-9)
+
+
+def test_difference_on_the_same_seeds_is_known_better_than_either(moments, noise):
+    features = noise(200, 5)
+    estimates = [frechet_estimate(scale * features, *moments) for scale in (1.0, 1.01)]
+    difference = estimates[1] - estimates[0]
+    assert difference.value == estimates[1].value - estimates[0].value
+    assert difference.standard_error < 0.1 * estimates[0].standard_error
 
 
 def test_features_of_another_network_are_an_error(moments, noise):
@@ -153,7 +167,8 @@ def test_distance_is_the_same_in_any_batch_split(distance, noise):
     images = noise(130, 3, 8, 8).float()
     whole, parts = distance(images, batch_size=130), distance(images, batch_size=7)
     for name in ("frechet_distance", "kernel_distance"):
-        assert whole[name] == pytest.approx(parts[name], rel=1e-5)
+        assert whole[name].value == pytest.approx(parts[name].value, rel=1e-5)
+        assert whole[name].replicates == pytest.approx(parts[name].replicates, rel=1e-5)
 
 
 def test_overshoots_are_clipped(distance, noise):
@@ -170,3 +185,25 @@ def test_classifier_and_reference_come_back_from_their_folder(classifier, distan
     assert torch.equal(loaded.reference.mean, distance.reference.mean)
     assert torch.equal(loaded.reference.covariance, distance.reference.covariance)
     assert torch.allclose(loaded.reference.features.double(), distance.reference.features, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def packaged() -> QualityDistance:
+    return QualityDistance.from_pretrained()
+
+
+def test_packaged_classifier_has_the_features_of_its_reference(packaged):
+    generator = torch.Generator().manual_seed(0)
+    features = packaged.features(torch.rand(3, 3, 16, 16, generator=generator) * 2 - 1)
+    assert features.shape == (3, 128)
+    mean, covariance, reference_features = packaged.reference
+    assert mean.shape == (128,) and covariance.shape == (128, 128) and reference_features.shape == (10_000, 128)
+    assert torch.linalg.eigvalsh(covariance).min() > 0
+
+
+def test_real_pictures_are_near_and_noise_is_far(packaged):
+    mean, covariance, reference_features = packaged.reference
+    near = [frechet_distance(reference_features[:n], mean, covariance).item() for n in (500, 2000)]
+    assert near[1] < near[0]  # the bias
+    noise = torch.rand(500, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert frechet_distance(packaged.features(noise), mean, covariance).item() > 20 * near[0]

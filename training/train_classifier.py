@@ -182,8 +182,9 @@ def main(args: argparse.Namespace) -> None:
 
     if accelerator.is_main_process:
         ema.copy_to(model.parameters())
-        model.eval()
-        model.save_pretrained(args.output_dir)
+        # The features are those of the saved, rounded weights.
+        model.eval().half().save_pretrained(args.output_dir)
+        model.float()
         features, test_features = (picture_features(model, split) for split in (pictures, test_pictures))
         mean, covariance = features.double().mean(dim=0), features.double().T.cov()
         ReferenceFeatures(mean, covariance, test_features).save_pretrained(args.output_dir)
