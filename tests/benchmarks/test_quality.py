@@ -69,7 +69,7 @@ def test_resumed_run_measures_only_what_changed(results, monkeypatch):
 
 def test_resumed_run_with_other_settings_is_an_error(results):
     folder, _ = results
-    with pytest.raises(ValueError, match="`--resume` needs the settings of quality.json"):
+    with pytest.raises(ValueError, match=r"`--resume` needs the settings of quality\.json"):
         quality.main([*ARGUMENTS, "--output_dir", str(folder), "--resume", "--seed", "1"])
 
 
