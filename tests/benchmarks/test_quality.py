@@ -4,17 +4,27 @@ import pytest
 import torch
 
 import quality
+from genie_diffusers import ImageClassifier
 from genie_diffusers.cli import PACKAGED_MODEL, Sampler, load_pipeline
+from genie_diffusers.metrics import ReferenceFeatures
 
 ARGUMENTS = ["--samplers", "ddim,genie", "--steps", "2", "3", "--num_samples", "100", "--device", "cpu"]
+
+
+CONVERGED = Sampler("genie-history", "linear", 4)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The folder of a small run, and what was sampled for it."""
     folder, drawn = tmp_path_factory.mktemp("results"), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = ImageClassifier(16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4).eval()
+        features = classifier.features(torch.rand(110, 3, 16, 16)).detach()
+    classifier.save_pretrained(folder)
+    ReferenceFeatures(features.mean(dim=0), features.T.cov(), features).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "CONVERGED", Sampler("genie-history", "linear", 4))
         run(folder, drawn, patch)
     return folder, drawn
 
@@ -26,13 +36,14 @@ def run(folder, drawn: list[Sampler], patch, *arguments):
         drawn.append(sampler)
         return sample(pipe, config, sampler, *rest)
 
+    patch.setattr(quality, "CONVERGED", CONVERGED)
     patch.setattr(quality, "sample", recording)
-    quality.main([*ARGUMENTS, "--output_dir", str(folder), *arguments])
+    quality.main([*ARGUMENTS, "--classifier", str(folder), "--output_dir", str(folder), *arguments])
 
 
 def test_every_cell_is_measured_once_at_its_number_of_calls(results):
     folder, drawn = results
-    assert drawn == [Sampler(name, None, n) for name in ("ddim", "genie") for n in (2, 3)] + [quality.CONVERGED]
+    assert drawn == [Sampler(name, None, n) for name in ("ddim", "genie") for n in (2, 3)] + [CONVERGED]
     written = json.loads((folder / "quality.json").read_text())
     assert [cell["calls"] for cell in written["cells"].values()] == [2, 3, 2, 3]
     assert [cell["own"] for cell in written["cells"].values()] == [False, False, True, True]
@@ -61,7 +72,6 @@ def test_resumed_run_measures_only_what_changed(results, monkeypatch):
     changed["cells"]["genie:None@3"]["weights"][-1] += 1.0
     path.write_text(json.dumps(changed))
     drawn: list[Sampler] = []
-    monkeypatch.setattr(quality, "CONVERGED", Sampler("genie-history", "linear", 4))
     run(folder, drawn, monkeypatch, "--resume")
     assert drawn == [Sampler("genie", None, 3)]
     assert path.read_text() == before
@@ -70,7 +80,7 @@ def test_resumed_run_measures_only_what_changed(results, monkeypatch):
 def test_resumed_run_with_other_settings_is_an_error(results):
     folder, _ = results
     with pytest.raises(ValueError, match=r"`--resume` needs the settings of quality\.json"):
-        quality.main([*ARGUMENTS, "--output_dir", str(folder), "--resume", "--seed", "1"])
+        quality.main([*ARGUMENTS, "--classifier", str(folder), "--output_dir", str(folder), "--resume", "--seed", "1"])
 
 
 def test_pictures_do_not_depend_on_the_batch_size():
