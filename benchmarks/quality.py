@@ -12,6 +12,8 @@ docs/benchmarks.md says what is measured.
 import argparse
 import json
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +32,7 @@ from genie_diffusers.models.derivative_head import fingerprint
 RESULTS = Path(__file__).parent / "results"
 DISTANCES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
 #: as for `genie-diffusers compare`
-SAMPLERS = "ddim:trailing,dpm++:karras,unipc:uniform_lambda,genie-history,genie"
+SAMPLERS = "ddim:trailing,deis:karras,dpm++:karras,unipc:uniform_lambda,genie-history,genie"
 #: where all deterministic samplers converge to
 CONVERGED = Sampler("genie-history", "linear", 100)
 
@@ -88,13 +90,8 @@ def comparisons(cells: Cells, steps: list[int]) -> list[tuple[dict[str, Any], di
     return pairs
 
 
-def number(estimate: Mapping[str, Any] | Estimate, scale: float = 1.0) -> str:
-    value, error = (
-        (estimate.value, estimate.standard_error)
-        if isinstance(estimate, Estimate)
-        else (estimate["value"], estimate["standard_error"])
-    )
-    return f"{scale * value:.3f} ± {scale * error:.3f}"
+def number(estimate: Estimate, scale: float = 1.0) -> str:
+    return f"{scale * estimate.value:.3f} ± {scale * estimate.standard_error:.3f}"
 
 
 def write_json(results: dict[str, Any], path: Path):
@@ -113,11 +110,12 @@ def write_tables(results: dict[str, Any], steps: list[int], path: Path):
         lines += ["", f"## {title}{unit}", "", "| Model calls | " + " | ".join(map(str, calls)) + " |"]
         lines += ["|---" * (len(calls) + 1) + "|"]
         for label in labels:
-            row = {cell["calls"]: number(cell[name], scale) for cell in cells.values() if cell["label"] == label}
-            lines += [f"| {label} | " + " | ".join(row.get(n, "") for n in calls) + " |"]
-        lines += ["", f"Converged solution: {number(results['converged'][name], scale)}."]
+            row = {cell["calls"]: from_json(cell[name]) for cell in cells.values() if cell["label"] == label}
+            entries = [number(row[n], scale) if n in row else "" for n in calls]
+            lines += [f"| {label} | " + " | ".join(entries) + " |"]
+        lines += ["", f"Converged solution: {number(from_json(results['converged'][name]), scale)}."]
         if name in results["real"]:
-            lines += [f"As many real pictures: {number(results['real'][name], scale)}."]
+            lines += [f"As many real pictures: {number(from_json(results['real'][name]), scale)}."]
     lines += ["", "## Against the best peer with more calls", "", "Negative: closer to real pictures.", ""]
     lines += [
         "| Sampler, calls | Peer, calls | " + " | ".join(f"{title}, difference" for title in DISTANCES.values()) + " |"
@@ -180,6 +178,7 @@ def main(argv: list[str] | None = None):
         "num_samples": num_samples,
         "seed": args.seed,
     }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "quality.json"
     earlier = json.loads(path.read_text()) if args.resume and path.exists() else {"settings": settings, "cells": {}}
     if earlier["settings"] != settings:
@@ -187,14 +186,14 @@ def main(argv: list[str] | None = None):
 
     real = distance.reference.features[:num_samples]
     results: dict[str, Any] = {
-        "command": "python benchmarks/quality.py",
+        "command": shlex.join(["python", "benchmarks/quality.py", *(sys.argv[1:] if argv is None else argv)]),
         "environment": {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": args.device},
         "settings": settings,
         "real": {},
         "converged": earlier.get("converged", {}),
         "cells": {},
     }
-    if len(real) == num_samples:  # the kernel distance to a set that holds them would be none
+    if len(real) == num_samples:  # no kernel distance: these pictures are its own reference
         floor = frechet_estimate(real, distance.reference.mean, distance.reference.covariance)
         results["real"] = {"frechet_distance": to_json(floor)}
 
@@ -203,12 +202,10 @@ def main(argv: list[str] | None = None):
         if known and known["weights"] == weights:
             return known
         images, label, calls = sample(pipe, config, sampler, pictures, args.batch_size)
-        estimates = {name: to_json(estimate) for name, estimate in distance(images).items()}
-        own = sampler.name.startswith("genie")
-        print(
-            f"{label}, {calls} calls: " + ", ".join(f"{name} {number(x)}" for name, x in estimates.items()), flush=True
-        )
-        return {"label": label, "calls": calls, "own": own, "weights": weights, **estimates}
+        estimates = distance(images)
+        print(f"{label}, {calls} calls:", *(f"{name} {number(x)}" for name, x in estimates.items()), flush=True)
+        cell = {"label": label, "calls": calls, "own": sampler.name.startswith("genie"), "weights": weights}
+        return cell | {name: to_json(estimate) for name, estimate in estimates.items()}
 
     keys = {f"{sampler.name}:{sampler.grid}@{sampler.steps}": sampler for sampler in samplers}
     results["cells"] = {key: earlier["cells"][key] for key in keys if key in earlier["cells"]}

@@ -51,7 +51,8 @@ class Estimate:
 
 
 class ReferenceFeatures(NamedTuple):
-    """What the distances need to know of the real pictures.
+    """
+    What the distances need to know of the real pictures.
 
     Args:
         mean (`torch.Tensor` of shape `(features,)`): Mean of the features.
