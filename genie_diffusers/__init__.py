@@ -4,7 +4,7 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, ExactSlope, GenieUNet2DModel
+from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier
 from .pipelines import GeniePipeline
 from .processes import VariancePreserving
 from .schedulers import GenieScheduler
@@ -17,5 +17,6 @@ __all__ = [
     "GeniePipeline",
     "GenieScheduler",
     "GenieUNet2DModel",
+    "ImageClassifier",
     "VariancePreserving",
 ]
