@@ -64,6 +64,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     #: whether the rows weigh the data prediction x_0 (True) or the noise prediction ε (False)
     data_form = False
+    #: values of the configuration key `method`
+    methods: tuple[str, ...] = ()
 
     def __init__(self):
         self._process: VariancePreserving | None = None
@@ -76,6 +78,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.table: list[Row] = []
         self._begin_index: int | None = None
         self._step_index: int | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `method` means something else in each class: what comes from another class and is not ours stays behind.
+        from_another_class = config_dict.get("_class_name", cls.__name__) != cls.__name__
+        if from_another_class and config_dict.get("method") not in cls.methods:
+            config_dict = {key: value for key, value in config_dict.items() if key != "method"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     # --- what a solver defines -------------------------------------------------------------------------------------
 
