@@ -1,7 +1,7 @@
 """Weights of the quasi-Taylor samplers: one step x(t − h) = ρ x + w ε + s z, z standard normal, as a polynomial in h.
 
-Quasi-Taylor samplers (Tachibana et al., 2021, https://huggingface.co/papers/2112.13339) expand the probability-flow ODE
-or the reverse SDE in the step, with the derivatives of ε replaced by those it has when the data are one point:
+Quasi-Taylor samplers (Tachibana et al., 2021, https://huggingface.co/papers/2112.13339) expand the probability-flow
+ODE or the reverse SDE in the step, with the derivatives of ε replaced by those it has when the data are one point:
 ∂ε/∂x = 1/σ and ∂ε/∂t = (β/2σ)(x − ε/σ). With them the exact solutions are DDIM and the DDPM posterior, whose
 coefficients are known, and the scheme of order p is their Taylor polynomial of degree p. docs/quasi_taylor.md has the
 derivation.
@@ -37,20 +37,19 @@ def taylor_weights(
         betas (`Sequence[np.ndarray]`): β, dβ/dt, d²β/dt² at t; the first `order` are used.
         variance (`np.ndarray`): ν = σ² at t.
     """
-    # L = ∫_{t−h}^{t} β = βh − β̇h²/2 + β̈h³/6, as the list of its terms
-    integral = [np.zeros_like(step)] + [
-        (-1) ** k * betas[k] * step ** (k + 1) / math.factorial(k + 1) for k in range(order)
-    ]
-    half = [0.5 * term for term in integral]
+    # L = ∫_{t−h}^{t} β = βh − β̇h²/2 + β̈h³/6, term by term
+    integral = np.zeros((order + 1, *step.shape))
+    for k in range(order):
+        integral[k + 1] = (-1) ** k * betas[k] * step ** (k + 1) / math.factorial(k + 1)
     exponential = [1 / math.factorial(k) for k in range(order + 1)]
-    rho = sum(_compose(exponential, half))  # e^{L/2} = α(t−h)/α
+    rho = _compose(exponential, integral / 2).sum(0)  # e^{L/2} = α(t−h)/α
     if method == "ode":
-        # σ(t−h) = σ √(1 − y), y = (e^L − 1)(1−ν)/ν, and w = σ(t−h) − ρσ
-        y = [(1 - variance) / variance * term for term in _compose([0.0, *exponential[1:]], integral)]
-        ratio = sum(_compose([1.0, -1 / 2, -1 / 8, -1 / 16][: order + 1], y))
+        # w = σ(t−h) − ρσ with σ(t−h) = σ √(1 − y), y = (e^L − 1)(1−ν)/ν
+        y = (1 - variance) / variance * _compose([0, *exponential[1:]], integral)
+        ratio = _compose([1, -1 / 2, -1 / 8, -1 / 16][: order + 1], y).sum(0)
         return StepWeights(rho, np.sqrt(variance) * (ratio - rho), np.zeros_like(step))
     # w = −(1 − e^{−L}) e^{L/2}/σ
-    inverse = sum(_compose(exponential, [-term for term in half]))
+    inverse = _compose(exponential, -integral / 2).sum(0)
     return StepWeights(rho, (inverse - rho) / np.sqrt(variance), _noise_std(order, step, betas, variance))
 
 
@@ -106,11 +105,10 @@ def _noise_std(order: int, step: np.ndarray, betas: Sequence[np.ndarray], varian
     return np.sqrt(step * np.sum(quadrature / 2 * kernel**2, axis=1))
 
 
-def _compose(outer: Sequence[float], inner: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Terms up to the degree of `inner` of Σ_k outer_k inner^k, where inner_j ∝ h^j and inner_0 = 0 (Horner)."""
-    degrees = range(len(inner))
-    result = [np.zeros_like(inner[0]) for _ in degrees]
+def _compose(outer: Sequence[float], inner: np.ndarray) -> np.ndarray:
+    """Terms of Σ_k outer_k inner^k up to the degree of `inner`, whose row j is ∝ h^j and row 0 is zero (Horner)."""
+    result = np.zeros_like(inner)
     for coefficient in reversed(outer):
-        result = [sum((result[j] * inner[k - j] for j in range(k)), np.zeros_like(inner[0])) for k in degrees]
-        result[0] = result[0] + coefficient
+        result = np.stack([np.sum(result[:k] * inner[k:0:-1], axis=0) for k in range(len(inner))])
+        result[0] += coefficient
     return result

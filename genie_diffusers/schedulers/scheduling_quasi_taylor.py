@@ -137,11 +137,11 @@ class QuasiTaylorScheduler(TableScheduler):
     def _warn_of_long_steps(self):
         long_steps = np.flatnonzero(self.departures > 1)
         if len(long_steps) > 0:
+            limit = "DDIM" if self.config.method == "ode" else "the DDPM posterior"
             logger.warning(
-                f"Steps {', '.join(map(str, long_steps))} of {self.num_inference_steps} are longer than an expansion of "
-                f"`taylor_order={self.config.taylor_order}` allows: it misses its limit by up to "
-                f"{100 * self.departures.max():.3g}%. They take the limit itself, "
-                f"{'DDIM' if self.config.method == 'ode' else 'the DDPM posterior'}; of more steps more are expanded."
+                f"Steps {', '.join(map(str, long_steps))} of {self.num_inference_steps} are longer than the expansion "
+                f"with `taylor_order={self.config.taylor_order}` allows: it would miss its limit, {limit}, by up to "
+                f"{100 * self.departures.max():.3g}%. They take that limit; of more steps more are expanded."
             )
 
     def row(self, index: int, known: int) -> Row:

@@ -81,9 +81,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        # `method` means something else in each class: what comes from another class and is not ours stays behind.
-        from_another_class = config_dict.get("_class_name", cls.__name__) != cls.__name__
-        if from_another_class and config_dict.get("method") not in cls.methods:
+        # Each of our classes has methods of its own: those of another one stay behind.
+        of_others = {method for scheduler in TableScheduler.__subclasses__() for method in scheduler.methods}
+        if config_dict.get("method") in of_others.difference(cls.methods):
             config_dict = {key: value for key, value in config_dict.items() if key != "method"}
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -469,7 +469,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Standard normal noise, the same for every split of the batch if each sample has a generator of its own."""
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(
-                f"`generator` must be one generator or one for each of the {len(sample)} samples, got {len(generator)}."
+                f"`generator` must be one generator or one for each of the {len(sample)} samples, got "
+                f"{len(generator)}."
             )
         return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 

@@ -1,4 +1,4 @@
-"""The weights of quasi-Taylor steps against symbolic Taylor and Itô–Taylor expansions, and their rates of convergence."""
+"""The weights of quasi-Taylor steps: against symbolic (Itô–)Taylor expansions, and their rates of convergence."""
 
 import math
 
