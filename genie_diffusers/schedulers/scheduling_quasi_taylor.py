@@ -119,15 +119,15 @@ class QuasiTaylorScheduler(TableScheduler):
     def _build(self, begin: int):
         process, method = self.process, self.config.method
         times = np.append(self._host_timesteps, process.timestep_min)
-        levels = [levels[ends] for ends in (slice(-1), slice(1, None)) for levels in (self.alphas, self.noise_stds)]
-        alpha, sigma, alpha_next, sigma_next = levels
+        alpha, alpha_next = self.alphas[:-1], self.alphas[1:]
+        sigma, sigma_next = self.noise_stds[:-1], self.noise_stds[1:]
         betas = [process.beta(times[:-1], derivative) for derivative in range(self.config.taylor_order)]
         limit = limit_weights(method, alpha, sigma, alpha_next, sigma_next)
         # β = 0 in a schedule with jumps, and the division by σ = 0 at clean data
         with np.errstate(divide="ignore", invalid="ignore"):
             expanded = taylor_weights(method, self.config.taylor_order, -np.diff(times), betas, sigma**2)
             departures = departure(expanded, limit, sigma, alpha_next, sigma_next)
-        self.departures = np.where(sigma_next > 0, np.nan_to_num(departures, nan=np.inf), 0.0)
+        self.departures = np.where(sigma_next > 0, np.nan_to_num(departures, nan=np.inf, posinf=np.inf), 0.0)
         takes_limit = (sigma_next == 0) | (self.departures > 1)
         self._weights = StepWeights(*(np.where(takes_limit, *pair) for pair in zip(limit, expanded, strict=True)))
         super()._build(begin)
