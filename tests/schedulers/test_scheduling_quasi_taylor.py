@@ -183,6 +183,13 @@ def test_at_a_thousand_steps_runs_are_those_of_ddim_and_ddpm(schedule, method, r
     assert distances[2] < distances[1] < distances[0]
 
 
+def test_the_first_order_ode_is_exact_for_standard_normal_data():
+    """Where ε = σ x and no sample moves."""
+    scheduler = ready(50, taylor_order=1, final_sigmas_type="sigma_min")
+    for row, sigma in zip(scheduler.table, scheduler.noise_stds, strict=False):
+        assert row["sample", 0] + row["prediction", 0] * sigma == pytest.approx(1, rel=1e-13)
+
+
 @every_order
 def test_a_single_data_point_is_recovered_with_its_noise_at_the_order(taylor_order):
     """At σ_min: x = α x_0 + σ ε with the ε that the run started with, up to O(h^p)."""
