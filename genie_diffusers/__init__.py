@@ -7,7 +7,7 @@ are loaded by their own `from_pretrained`.
 from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier
 from .pipelines import GeniePipeline
 from .processes import VariancePreserving
-from .schedulers import GenieScheduler
+from .schedulers import GenieScheduler, QuasiTaylorScheduler
 
 __version__ = "0.1.0.dev0"
 
@@ -18,5 +18,6 @@ __all__ = [
     "GenieScheduler",
     "GenieUNet2DModel",
     "ImageClassifier",
+    "QuasiTaylorScheduler",
     "VariancePreserving",
 ]

@@ -64,6 +64,8 @@ class GenieScheduler(TableScheduler):
             (`DDPMPipeline`, `DDIMPipeline`) leave out its rescaling, which is within 1% of one for usual schedules.
     """
 
+    methods = METHODS
+
     @register_to_config
     def __init__(
         self,

@@ -64,6 +64,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     #: whether the rows weigh the data prediction x_0 (True) or the noise prediction ε (False)
     data_form = False
+    #: values of the configuration key `method`
+    methods: tuple[str, ...] = ()
 
     def __init__(self):
         self._process: VariancePreserving | None = None
@@ -76,6 +78,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.table: list[Row] = []
         self._begin_index: int | None = None
         self._step_index: int | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # Each of our classes has methods of its own: those of another one stay behind.
+        of_others = {method for scheduler in TableScheduler.__subclasses__() for method in scheduler.methods}
+        if config_dict.get("method") in of_others.difference(cls.methods):
+            config_dict = {key: value for key, value in config_dict.items() if key != "method"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     # --- what a solver defines -------------------------------------------------------------------------------------
 
@@ -459,7 +469,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Standard normal noise, the same for every split of the batch if each sample has a generator of its own."""
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(
-                f"`generator` must be one generator or one for each of the {len(sample)} samples, got {len(generator)}."
+                f"`generator` must be one generator or one for each of the {len(sample)} samples, got "
+                f"{len(generator)}."
             )
         return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
