@@ -4,7 +4,7 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier
+from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
 from .pipelines import GeniePipeline
 from .processes import VariancePreserving
 from .schedulers import GenieScheduler, QuasiTaylorScheduler
@@ -19,5 +19,6 @@ __all__ = [
     "GenieUNet2DModel",
     "ImageClassifier",
     "QuasiTaylorScheduler",
+    "StepHead",
     "VariancePreserving",
 ]
