@@ -117,7 +117,12 @@ def own(name: str, config, grid: str, calls: int, sources: dict):
     return scheduler
 
 
-def run(unet, scheduler, noises: Noises) -> torch.Tensor:
+def sources_of(unet: GenieUNet2DModel) -> dict:
+    """What a step head offers the schedulers of [`OWN`]."""
+    return {None: None, "step head": unet, "tables": TablesAlone(unet.derivative_head.config.tables)}
+
+
+def run(unet: GenieUNet2DModel, scheduler, noises: Noises) -> torch.Tensor:
     """The pictures of a prepared scheduler; the loop of diffusers' pipelines."""
     sample = noises.noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -157,11 +162,8 @@ def measure(unets: dict, config, args: argparse.Namespace) -> dict:
     for name, count, seed in (("choice", args.choice_noises, args.seed), ("report", args.noises, args.seed + 1)):
         noises = draw(unets["plain"], count, seed, label_dropout=0.1)
         sets[name] = noises, converged(unets["plain"], config, noises)
-    sources = {
-        None: None,
+    sources = sources_of(unets["step head"]) | {
         "derivative head": unets["derivative head"],
-        "step head": unets["step head"],
-        "tables": TablesAlone(unets["step head"].derivative_head.config.tables),
         "exact": ExactSlope(unets["exact"]),
     }
     results: dict[str, dict] = {}
@@ -191,7 +193,7 @@ def measure(unets: dict, config, args: argparse.Namespace) -> dict:
             results.setdefault(name, {})[calls] = {
                 "error": float(errors.mean()),
                 "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5),
-                "grid": "its own" if source in ("step head", "tables") else grid,
+                "grid": grid,
                 "steps": steps,
             }
             print(f"{name}, {calls} calls: {errors.mean():.4f} on {results[name][calls]['grid']}", flush=True)
