@@ -46,6 +46,8 @@ from train_step_head import (  # noqa: E402
 )
 
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
+#: 0.0002 from the solution with all 1000 timesteps
+REFERENCE_CALLS = 400
 #: the checkpoint's own timesteps, and grids that end with a call at the smallest timestep or (−) one step before it
 GRIDS = ("default", *(f"{name}{end}" for name in ("uniform_lambda", "quadratic", "karras", "linear") for end in "+-"))
 
@@ -133,10 +135,10 @@ def run(unet: GenieUNet2DModel, scheduler, noises: Noises) -> torch.Tensor:
 
 def converged(unet, config, noises: Noises) -> torch.Tensor:
     """Where the ODE ends: at the smallest noise level, and at clean data; shape `(noises, 2, ...)`."""
-    scheduler = solver_of(config, time_grid="linear", denoising_step=True, interpolation_order=2)
+    scheduler = solver_of(config, time_grid="uniform_lambda", denoising_step=True)
 
     def solve(batch: Noises) -> torch.Tensor:
-        scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+        scheduler.set_timesteps(REFERENCE_CALLS)
         sample = batch.noise
         for timestep in scheduler.timesteps:
             noisy = sample
@@ -156,8 +158,8 @@ def errors_of(unet, make: Callable, noises: Noises, reference: torch.Tensor) -> 
     return relative_error(pictures, reference[:, int(ends_clean)]).numpy()
 
 
-def measure(unets: dict, config, args: argparse.Namespace) -> dict:
-    """By solver and model calls: the mean error, its standard error and the grid, chosen on other noises."""
+def measure(results: dict, unets: dict, config, args: argparse.Namespace):
+    """By solver and model calls: the mean error, its standard error and the grid, which is chosen on other noises."""
     sets = {}
     for name, count, seed in (("choice", args.choice_noises, args.seed), ("report", args.noises, args.seed + 1)):
         noises = draw(unets["plain"], count, seed, label_dropout=0.1)
@@ -166,8 +168,8 @@ def measure(unets: dict, config, args: argparse.Namespace) -> dict:
         "derivative head": unets["derivative head"],
         "exact": ExactSlope(unets["exact"]),
     }
-    results: dict[str, dict] = {}
-    for name in (*PEERS, *OWN):
+    for name in args.solvers:
+        results[name] = {}
         source = OWN.get(name, {}).get("source")
         unet = unets.get(source, unets["plain"])
         for calls in args.calls:
@@ -190,18 +192,17 @@ def measure(unets: dict, config, args: argparse.Namespace) -> dict:
                 continue
             grid = min(chosen, key=chosen.__getitem__)
             errors = errors_of(unet, lambda grid=grid: make(grid), *sets["report"])
-            results.setdefault(name, {})[calls] = {
+            results[name][str(calls)] = {
                 "error": float(errors.mean()),
                 "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5),
                 "grid": grid,
                 "steps": steps,
             }
-            print(f"{name}, {calls} calls: {errors.mean():.4f} on {results[name][calls]['grid']}", flush=True)
-    return results
+            print(f"{name}, {calls} calls: {errors.mean():.4f} on {grid}", flush=True)
 
 
 def write_table(results: dict, calls: list[int], command: str, settings: dict, path: Path):
-    best = {n: min(results[name][n]["error"] for name in PEERS if n in results.get(name, {})) for n in calls}
+    best = {n: min(results[name][n]["error"] for name in PEERS if n in results.get(name, {})) for n in map(str, calls)}
     lines = [
         f"Written by `{command}`: mean relative error to the converged solution over {settings['noises']} noises, "
         f"in brackets its ratio to the best peer's. Grids are chosen on {settings['choice_noises']} other noises.",
@@ -211,7 +212,7 @@ def write_table(results: dict, calls: list[int], command: str, settings: dict, p
     ]
     for name, row in results.items():
         cells = []
-        for n in calls:
+        for n in map(str, calls):
             cell = row.get(n)
             if cell is None:
                 cells.append("")
@@ -228,11 +229,11 @@ def plot(results: dict, path: Path):
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for name, row in results.items():
-        if "exact" in name or max(cell["error"] for cell in row.values()) > 3:
+        if not row or "exact" in name or max(cell["error"] for cell in row.values()) > 3:
             continue
         style = {"linewidth": 0.9, "linestyle": "--"} if name in PEERS else {"linewidth": 1.8}
-        axes.loglog(list(row), [cell["error"] for cell in row.values()], marker=".", label=name, **style)
-    ticks = sorted({n for row in results.values() for n in row})
+        axes.loglog([int(n) for n in row], [cell["error"] for cell in row.values()], marker=".", label=name, **style)
+    ticks = sorted({int(n) for row in results.values() for n in row})
     axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel="model calls", ylabel="relative error to the converged solution")
@@ -244,8 +245,16 @@ def plot(results: dict, path: Path):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[5, 8, 10, 15, 20, 50])
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        choices=[*PEERS, *OWN],
+        default=[*PEERS, *OWN],
+        metavar="NAME",
+        help="Measure these; the others stay as they are in the results.",
+    )
     parser.add_argument("--noises", type=int, default=128, help="Noises that errors are stated on.")
-    parser.add_argument("--choice_noises", type=int, default=32, help="Other noises, on which grids are chosen.")
+    parser.add_argument("--choice_noises", type=int, default=16, help="Other noises, on which grids are chosen.")
     parser.add_argument("--seed", type=int, default=20260)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args(argv)
@@ -258,17 +267,22 @@ def main(argv: list[str] | None = None):
     unets["derivative head"] = GenieUNet2DModel.from_unet(plain, HEAD)
     settings = {"noises": args.noises, "choice_noises": args.choice_noises, "seed": args.seed}
     command = shlex.join(["python", "benchmarks/solver_error.py", *(sys.argv[1:] if argv is None else argv)])
-    results = measure(unets, config, args)
+    settings |= {"exact_slope_cost": args.exact_slope_cost, "grids": list(GRIDS)}
+    path = args.output_dir / "solver_error.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    known = earlier["errors"] if earlier.get("settings") == settings else {}
+    results = {name: known.get(name, {}) for name in (*PEERS, *OWN)}
+    measure(results, unets, config, args)
     report = {
         "command": command,
-        "settings": {**settings, "exact_slope_cost": args.exact_slope_cost, "grids": GRIDS},
+        "settings": settings,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "errors": results,
+        "errors": {name: row for name, row in results.items() if row},
     }
     args.output_dir.mkdir(exist_ok=True)
-    (args.output_dir / "solver_error.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_table(results, args.calls, command, settings, args.output_dir / "solver_error.md")
-    plot(results, args.output_dir / "solver_error.png")
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_table(report["errors"], args.calls, command, settings, args.output_dir / "solver_error.md")
+    plot(report["errors"], args.output_dir / "solver_error.png")
     print((args.output_dir / "solver_error.md").read_text())
 
 
