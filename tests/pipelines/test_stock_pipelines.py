@@ -313,7 +313,7 @@ def test_exact_slope_is_that_of_the_guided_prediction(stable_diffusion, predicti
         alpha, sigma = level(t)
         return output if prediction_type == "epsilon" else alpha * output + sigma * sample
 
-    assert len(seen) == 3  # the last of the four steps is to clean data and needs none
+    assert len(seen) == 4
     for sample, noise_prediction, t, slope in seen:
         _, sigma = level(t)
         velocity = sigma**2 * sample - sigma * noise_prediction
