@@ -404,9 +404,9 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.autocast():
                 drawn = solve(unet, scheduler, steps, train[name][own].to(device))
             errors = relative_error(drawn.float(), pictures[name][own].to(device))
-            loss = errors.square().mean() / units[steps, name] / args.gradient_accumulation_steps
-            accelerator.backward(loss)
-            step_loss += loss.detach()
+            loss = errors.square().mean() / units[steps, name]
+            accelerator.backward(loss)  # which divides by the number of accumulated batches
+            step_loss += loss.detach() / args.gradient_accumulation_steps
         for parameter in head.parameters():
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         accelerator.clip_grad_norm_(head.parameters(), args.max_grad_norm)

@@ -142,8 +142,9 @@ class GenieScheduler(TableScheduler):
 
     @property
     def _follows_table(self) -> bool:
-        """Learned rows need the history they were learned with: they hold for runs from the first step."""
-        return bool(self._learned) and self._built_for == 0
+        """Learned rows need their source, and the history they were learned with: that of a whole run."""
+        own = self._learned == self.learned_table(self.num_inference_steps)
+        return bool(self._learned) and own and self._built_for == 0
 
     @property
     def _has_slopes(self) -> bool:
