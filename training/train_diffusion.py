@@ -19,7 +19,14 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from genie_diffusers import GeniePipeline, GenieScheduler, VariancePreserving
+from genie_diffusers import (
+    GDDIMBlurringScheduler,
+    GDDIMCLDScheduler,
+    GDDIMPipeline,
+    GeniePipeline,
+    GenieScheduler,
+    VariancePreserving,
+)
 from genie_diffusers.model_card import create_model_card
 from training_utils import (
     RunLog,
@@ -87,8 +94,71 @@ class VariancePreservingTraining:
         return GeniePipeline(unet, DPMSolverMultistepScheduler.from_config(self.scheduler.config))
 
 
-#: Another diffusion is a class with the members above.
-PROCESSES = {"vp": VariancePreservingTraining}
+class LinearDiffusionTraining(VariancePreservingTraining):
+    """
+    u_t = Ψ(t, 0) u_0 + R_t z, and the model predicts z: the score is −R^{−T} ε (gDDIM's K = R).
+
+    Args:
+        scheduler_config (`dict`):
+            Configuration of a `scheduler_class`, or of another process, of which `sample_size` alone means something.
+    """
+
+    scheduler_class: type
+
+    def __init__(self, scheduler_config: dict):
+        if scheduler_config.get("_class_name") == self.scheduler_class.__name__:
+            self.scheduler = self.scheduler_class.from_config(scheduler_config)
+        else:
+            keys = self.scheduler_class.process_class.CONFIG_KEYS
+            self.scheduler = self.scheduler_class(**{k: scheduler_config[k] for k in keys if k in scheduler_config})
+        self.process = self.scheduler.process
+        self.prediction_type = "epsilon"
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return noise
+
+    def pipeline(self, unet: UNet2DModel) -> GDDIMPipeline:
+        return GDDIMPipeline(unet, self.scheduler)
+
+    sampler = pipeline
+
+
+class BlurringTraining(LinearDiffusionTraining):
+    """`--process blurring`: pictures are blurred while they are noised."""
+
+    scheduler_class = GDDIMBlurringScheduler
+
+
+class LangevinTraining(LinearDiffusionTraining):
+    """`--process cld`: pictures coupled to velocities, twice the channels, in the preconditioned coordinates."""
+
+    scheduler_class = GDDIMCLDScheduler
+
+    def __init__(self, scheduler_config: dict):
+        super().__init__(scheduler_config)
+        self.scheduler.register_to_config(preconditioned=True)
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        state = super().add_noise(images, noise, timesteps)
+        return self.process.combine([self._preconditioning(timesteps, noise)[0]], [state])
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        # ε = A u + B y with a rotation B: the squared error in y is that in ε.
+        state = super().add_noise(images, noise, timesteps)
+        _, of_state, of_output = self._preconditioning(timesteps, noise)
+        return self.process.combine([of_output.mT, -of_output.mT @ of_state], [noise, state])
+
+    def _preconditioning(self, timesteps: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
+        weights = self.process.preconditioning(timesteps.double().numpy())
+        return [torch.from_numpy(weight).to(like) for weight in weights]
+
+    @staticmethod
+    def image_channels(in_channels: int) -> int:
+        return in_channels // 2
+
+
+#: Another diffusion is a class with the members of the first one.
+PROCESSES = {"vp": VariancePreservingTraining, "cld": LangevinTraining, "blurring": BlurringTraining}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -144,6 +214,15 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
     if not isinstance(resolution, int) or resolution % factor != 0:
         raise ValueError(f"`--resolution` must be a multiple of {factor} for this UNet, got {resolution}.")
     unet.register_to_config(sample_size=resolution)
+    if args.process != "vp":
+        if schedule.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(
+                f"`--prediction_type` must be epsilon for `--process {args.process}`, got "
+                f"{schedule['prediction_type']}."
+            )
+        schedule["sample_size"] = resolution
+    if args.process == "cld" and unet.config.in_channels % 2 == 1:  # a UNet for pictures, which have 1 or 3 channels
+        unet = with_velocities(unet)
     if unet.config.out_channels != unet.config.in_channels:
         raise ValueError(
             f"The UNet must have as many output channels as input channels, {unet.config.in_channels}, got "
@@ -154,6 +233,18 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
             f"`--label_dropout` must be 0 for a UNet without `num_class_embeds`, got {args.label_dropout}."
         )
     return unet, schedule
+
+
+def with_velocities(unet: UNet2DModel) -> UNet2DModel:
+    """The UNet with twice the channels, stacked `[x, v]`, that computes for x what `unet` does and 0 for v."""
+    channels = {name: 2 * unet.config[name] for name in ("in_channels", "out_channels")}
+    wide = UNet2DModel.from_config({**unet.config, **channels})
+    weights = unet.state_dict()
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], 0 * weights["conv_in.weight"]], dim=1)
+    for name in ("conv_out.weight", "conv_out.bias"):
+        weights[name] = torch.cat([weights[name], 0 * weights[name]])
+    wide.load_state_dict(weights)
+    return wide
 
 
 def num_classes(unet: UNet2DModel, label_dropout: float) -> int | None:
