@@ -28,6 +28,7 @@ from genie_diffusers import (
     VariancePreserving,
 )
 from genie_diffusers.model_card import create_model_card
+from genie_diffusers.processes.linear_diffusion import inverse
 from training_utils import (
     RunLog,
     TrainingStream,
@@ -96,7 +97,7 @@ class VariancePreservingTraining:
 
 class LinearDiffusionTraining(VariancePreservingTraining):
     """
-    u_t = Ψ(t, 0) u_0 + R_t z, and the model predicts z: the score is −R^{−T} ε (gDDIM's K = R).
+    u_t = Ψ(t, 0) u_0 + R_t z, and the model predicts z, preconditioned: the score is −R^{−T} ε (gDDIM's K = R).
 
     Args:
         scheduler_config (`dict`):
@@ -107,15 +108,25 @@ class LinearDiffusionTraining(VariancePreservingTraining):
 
     def __init__(self, scheduler_config: dict):
         if scheduler_config.get("_class_name") == self.scheduler_class.__name__:
-            self.scheduler = self.scheduler_class.from_config(scheduler_config)
+            self.scheduler = self.scheduler_class.from_config(scheduler_config, preconditioned=True)
         else:
             keys = self.scheduler_class.process_class.CONFIG_KEYS
-            self.scheduler = self.scheduler_class(**{k: scheduler_config[k] for k in keys if k in scheduler_config})
+            given = {key: scheduler_config[key] for key in keys if key in scheduler_config}
+            self.scheduler = self.scheduler_class(**given, preconditioned=True)
         self.process = self.scheduler.process
         self.prediction_type = "epsilon"
 
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        scaling, _, _ = self.process.preconditioning(timesteps.numpy())
+        state = self.process.add_noise(images, noise, timesteps)
+        return self.process.combine([torch.from_numpy(scaling).to(noise)], [state])
+
     def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return noise
+        """The output y with ε = A u + B y, where ε is the noise."""
+        _, of_state, of_output = self.process.preconditioning(timesteps.numpy())
+        to_output = inverse(of_output)
+        weights = [torch.from_numpy(weight).to(noise) for weight in (to_output, -to_output @ of_state)]
+        return self.process.combine(weights, [noise, self.process.add_noise(images, noise, timesteps)])
 
     def pipeline(self, unet: UNet2DModel) -> GDDIMPipeline:
         return GDDIMPipeline(unet, self.scheduler)
@@ -130,27 +141,9 @@ class BlurringTraining(LinearDiffusionTraining):
 
 
 class LangevinTraining(LinearDiffusionTraining):
-    """`--process cld`: pictures coupled to velocities, twice the channels, in the preconditioned coordinates."""
+    """`--process cld`: pictures coupled to velocities, twice the channels."""
 
     scheduler_class = GDDIMCLDScheduler
-
-    def __init__(self, scheduler_config: dict):
-        super().__init__(scheduler_config)
-        self.scheduler.register_to_config(preconditioned=True)
-
-    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        state = super().add_noise(images, noise, timesteps)
-        return self.process.combine([self._preconditioning(timesteps, noise)[0]], [state])
-
-    def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        # ε = A u + B y with a rotation B: the squared error in y is that in ε.
-        state = super().add_noise(images, noise, timesteps)
-        _, of_state, of_output = self._preconditioning(timesteps, noise)
-        return self.process.combine([of_output.mT, -of_output.mT @ of_state], [noise, state])
-
-    def _preconditioning(self, timesteps: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
-        weights = self.process.preconditioning(timesteps.double().numpy())
-        return [torch.from_numpy(weight).to(like) for weight in weights]
 
     @staticmethod
     def image_channels(in_channels: int) -> int:

@@ -67,7 +67,7 @@ class CriticallyDampedLangevin(LinearDiffusion):
 
         # The angle turns fastest within `_width` of the data: a series in log(1 + t/width) resolves all of it.
         domain = [0.0, np.log1p(self.timestep_max / self._width)]
-        self._angle = Chebyshev.interpolate(angle_derivative, 256, domain).integ(lbnd=0.0)
+        self._angle = Chebyshev.interpolate(angle_derivative, 256, domain).integ(lbnd=0.0).trim(1e-16)
 
     def drift(self, timesteps) -> np.ndarray:
         matrix = self._beta * np.array([[0.0, 1 / self.mass], [-1.0, -self._friction / self.mass]])

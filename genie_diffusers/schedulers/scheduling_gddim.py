@@ -168,13 +168,36 @@ class LinearDiffusionScheduler(TableScheduler):
 
     # --- the model -------------------------------------------------------------------------------------------------
 
+    # The weights depend on the timestep, so that it has no default.
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """What the model sees of the state `sample`: the state itself, unless the model is preconditioned."""
+        if not self._preconditioned:
+            return sample
+        self.process.check_state(sample)
+        return self._apply("model_input", self._locate(timestep), {"sample": (sample,)}).to(sample.dtype)
+
+    @property
+    def _preconditioned(self) -> bool:
+        return self.config.get("preconditioned", False)
+
+    def _build(self, begin: int):
+        super()._build(begin)
+        if self._preconditioned:
+            scaling, _, _ = self.process.preconditioning(self._host_timesteps)
+            self._rows["model_input"] = [{("sample", 0): weight} for weight in scaling]
+
     def _conversion(self, index: int, to_data: bool) -> Row:
         """Model output → the ε of the solver's K. Rows weigh ε and nothing is clipped, so data are never asked for."""
-        if self._parametrization == "R":
-            return {("output", 0): 1.0}
         start = self._host_timesteps[index]
+        weights: Row = {("output", 0): 1.0}
+        if self._preconditioned:
+            _, of_sample, of_output = self.process.preconditioning(start)
+            weights = {("sample", 0): of_sample, ("output", 0): of_output}
+        if self._parametrization == "R":
+            return weights
         # the same score: K^{−T} ε_K = R^{−T} ε_R
-        return {("output", 0): np.linalg.solve(self.process.root(start), self._root(start)).swapaxes(-1, -2)}
+        change = np.linalg.solve(self.process.root(start), self._root(start)).swapaxes(-1, -2)
+        return {column: _product(change, weight) for column, weight in weights.items()}
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **kwargs):
         self.process.check_state(sample)
@@ -257,9 +280,9 @@ class GDDIMCLDScheduler(LinearDiffusionScheduler):
             The root K of the covariance in which the solver takes ε as a polynomial: `"R"`, gDDIM's, or `"L"`, the
             Cholesky factor, for comparison: there ε turns with time even for a single data point.
         preconditioned (`bool`, defaults to `False`):
-            Whether the model sees and predicts the state in the coordinates of
-            [`~CriticallyDampedLangevin.preconditioning`], as `training/train_diffusion.py` trains it, instead of
-            seeing `[x, v]` and predicting the ε of R. `scale_model_input` and `step` convert.
+            Whether what the model sees and returns is that of [`~CriticallyDampedLangevin.preconditioning`], as
+            `training/train_diffusion.py` trains it, instead of `[x, v]` and the ε of R. `scale_model_input` and `step`
+            convert.
 
     All other arguments are those of [`LinearDiffusionScheduler`].
     """
@@ -296,28 +319,6 @@ class GDDIMCLDScheduler(LinearDiffusionScheduler):
     def _parametrization(self) -> str:
         return self.config.parametrization
 
-    # The weights depend on the timestep, so that it has no default.
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """What the model sees of the state `sample`: the state itself, unless the model is preconditioned."""
-        if not self.config.preconditioned:
-            return sample
-        self.process.check_state(sample)
-        return self._apply("model_input", self._locate(timestep), {"sample": (sample,)}).to(sample.dtype)
-
-    def _build(self, begin: int):
-        super()._build(begin)
-        if self.config.preconditioned:
-            scaling, _, _ = self.process.preconditioning(self._host_timesteps)
-            self._rows["model_input"] = [{("sample", 0): weight} for weight in scaling]
-
-    def _conversion(self, index: int, to_data: bool) -> Row:
-        row = super()._conversion(index, to_data)
-        if not self.config.preconditioned:
-            return row
-        _, of_sample, of_output = self.process.preconditioning(self._host_timesteps[index])
-        weights = {("sample", 0): of_sample, ("output", 0): of_output}
-        return {column: _product(row["output", 0], weight) for column, weight in weights.items()}
-
 
 class GDDIMBlurringScheduler(LinearDiffusionScheduler):
     """
@@ -328,6 +329,9 @@ class GDDIMBlurringScheduler(LinearDiffusionScheduler):
             Height and width of the pictures, of any parity.
         blur_sigma (`float`, defaults to 10.0), blur_minimum (`float`, defaults to 0.001):
             The process, see [`Blurring`].
+        preconditioned (`bool`, defaults to `False`):
+            Whether what the model returns is that of [`~Blurring.preconditioning`], as `training/train_diffusion.py`
+            trains it, instead of ε.
 
     All other arguments are those of [`LinearDiffusionScheduler`].
     """
@@ -347,6 +351,7 @@ class GDDIMBlurringScheduler(LinearDiffusionScheduler):
         corrector: bool = False,
         eta: float = 0.0,
         interpolation: str = "timestep",
+        preconditioned: bool = False,
     ):
         super().__init__(
             num_train_timesteps, time_grid, final_sigmas_type, multistep_order, corrector, eta, interpolation
