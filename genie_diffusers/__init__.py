@@ -4,7 +4,7 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, ExactSlope, GenieUNet2DModel
+from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier
 from .pipelines import GDDIMPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
 from .schedulers import (
@@ -29,6 +29,7 @@ __all__ = [
     "GeniePipeline",
     "GenieScheduler",
     "GenieUNet2DModel",
+    "ImageClassifier",
     "LinearDiffusion",
     "LinearDiffusionScheduler",
     "VariancePreserving",

@@ -1,4 +1,4 @@
-"""Model cards of base models and derivative heads, from facts that the training scripts know."""
+"""Model cards of base models, derivative heads and classifiers, from facts that the training scripts know."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +16,7 @@ def create_model_card(
     pictures: Mapping[str, str] | None = None,
     base_model: str | None = None,
     dataset: str | None = None,
+    pipeline_tag: str = "unconditional-image-generation",
 ) -> ModelCard:
     """
     The card of a trained model. `card.save("README.md")` writes it, `card.push_to_hub(repo_id)` publishes it.
@@ -29,6 +30,7 @@ def create_model_card(
         pictures (`Mapping[str, str]`, *optional*): Path relative to the card → caption.
         base_model (`str`, *optional*): Hub id of the model this one was trained from or belongs to.
         dataset (`str`, *optional*): Hub id of the training data.
+        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): The Hub's word for its task.
 
     Raises:
         ValueError: If a picture's path is absolute or a URL, so that it would not be published with the card.
@@ -41,7 +43,7 @@ def create_model_card(
         base_model=base_model,
         datasets=dataset,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=pipeline_tag,
         tags=["diffusers", "genie_diffusers"],
     )
     # A vertical bar would end a cell.

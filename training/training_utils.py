@@ -60,8 +60,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_private_repo", action="store_true")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of [`load_pictures`] and of the augmentation."""
+def add_data_arguments(parser: argparse.ArgumentParser, label_dropout: bool = True) -> None:
+    """The arguments of [`load_pictures`] and of the augmentation; `label_dropout` where there may be a null class."""
     add = parser.add_argument
     add("--dataset_name", required=True, help="Hub id, or a folder that `datasets.load_dataset` can open.")
     add("--dataset_config_name")
@@ -71,12 +71,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache_dir", help="Folder of the data set cache. Default: that of `datasets`.")
     add("--resolution", type=int, help="Side of the training pictures in pixels. Default: the model's `sample_size`.")
     add("--random_flip", action="store_true", help="Flip half of the pictures horizontally.")
-    add(
-        "--label_dropout",
-        type=float,
-        default=0.0,
-        help="Probability of replacing a label by the null class, the last of `num_class_embeds`.",
-    )
+    if label_dropout:
+        add(
+            "--label_dropout",
+            type=float,
+            default=0.0,
+            help="Probability of replacing a label by the null class, the last of `num_class_embeds`.",
+        )
     add("--dataloader_num_workers", type=int, default=0)
 
 

@@ -1,0 +1,222 @@
+"""
+How far the pictures of each sampler are from real ones, at equal numbers of model calls and of pictures.
+
+    python benchmarks/quality.py
+
+samples the packaged checkpoint, class-conditional and unguided, from the same seeds and classes with every sampler at
+its best time grid, and writes `benchmarks/results/quality.json`, `quality.md` and `quality.png`. The first is written
+after every cell; `--resume` then goes on, and measures again what was drawn with weights that have changed since.
+docs/benchmarks.md says what is measured.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from genie_diffusers import GeniePipeline
+from genie_diffusers.cli import PACKAGED_MODEL, Pictures, Sampler, draw, load_pipeline, parse_samplers
+from genie_diffusers.metrics import PACKAGED_CLASSIFIER, Estimate, QualityDistance, frechet_estimate
+from genie_diffusers.models.derivative_head import fingerprint
+
+RESULTS = Path(__file__).parent / "results"
+DISTANCES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
+#: as for `genie-diffusers compare`
+SAMPLERS = "ddim:trailing,deis:karras,dpm++:karras,unipc:uniform_lambda,genie-history,genie"
+#: where all deterministic samplers converge to
+CONVERGED = Sampler("genie-history", "linear", 100)
+
+Cells = dict[str, dict[str, Any]]
+
+
+def choose_pictures(pipe: GeniePipeline, num_samples: int, seed: int) -> Pictures:
+    """`num_samples` consecutive seeds with uniformly drawn classes, the null class left out."""
+    classes = pipe.unet.config.num_class_embeds
+    labels = None
+    if classes is not None:
+        labels = np.random.default_rng(seed).integers(classes - 1, size=num_samples).tolist()
+    return Pictures(labels, list(range(seed, seed + num_samples)), guidance=1.0)
+
+
+def sample(pipe: GeniePipeline, config, sampler: Sampler, pictures: Pictures, batch_size: int):
+    """Pictures in [−1, 1] but for overshoots, the sampler's name for people, and its model calls."""
+    batches = []
+    for start in range(0, len(pictures.seeds), batch_size):
+        part = slice(start, start + batch_size)
+        labels = None if pictures.labels is None else pictures.labels[part]
+        batch = Pictures(labels, pictures.seeds[part], pictures.guidance)
+        label, latents, calls = draw(pipe, config, sampler, batch, clip_sample=False, thresholding=False)
+        batches.append(latents)
+    return torch.cat(batches), label, calls
+
+
+def to_json(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "value": estimate.value,
+        "standard_error": estimate.standard_error,
+        "replicates": [float(f"{replicate:.7g}") for replicate in estimate.replicates],
+    }
+
+
+def from_json(entry: Mapping[str, Any]) -> Estimate:
+    return Estimate(entry["value"], np.array(entry["replicates"]))
+
+
+def weights_used(pipe: GeniePipeline, sampler: Sampler) -> list[float]:
+    """Tells the weights apart that a cell was measured with."""
+    head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None
+    return fingerprint(pipe.unet) + ([] if head is None else fingerprint(head))
+
+
+def comparisons(cells: Cells, steps: list[int]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Estimate]]]:
+    """Own cells, the peer closest to real pictures at the next larger number of calls, and the differences."""
+    pairs = []
+    for calls, more_calls in pairwise(steps):
+        peers = [cell for cell in cells.values() if cell["calls"] == more_calls and not cell["own"]]
+        for cell in cells.values():
+            if cell["calls"] == calls and cell["own"] and peers:
+                peer = min(peers, key=lambda peer: peer["frechet_distance"]["value"])
+                pairs.append((cell, peer, {name: from_json(cell[name]) - from_json(peer[name]) for name in DISTANCES}))
+    return pairs
+
+
+def number(estimate: Estimate, scale: float = 1.0) -> str:
+    return f"{scale * estimate.value:.3f} ± {scale * estimate.standard_error:.3f}"
+
+
+def write_json(results: dict[str, Any], path: Path):
+    text = json.dumps(results, indent=2)
+    path.write_text(re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n")
+
+
+def write_tables(results: dict[str, Any], steps: list[int], path: Path):
+    """Both distances by sampler and calls, and own samplers against the best peer with more calls."""
+    cells, settings = results["cells"], results["settings"]
+    labels = list(dict.fromkeys(cell["label"] for cell in cells.values()))
+    calls = sorted({cell["calls"] for cell in cells.values()})
+    lines = [f"Written by `{results['command']}`: {settings['num_samples']:,} pictures, standard errors by jackknife."]
+    for name, title in DISTANCES.items():
+        scale, unit = (1e3, ", × 1000") if name == "kernel_distance" else (1.0, "")
+        lines += ["", f"## {title}{unit}", "", "| Model calls | " + " | ".join(map(str, calls)) + " |"]
+        lines += ["|---" * (len(calls) + 1) + "|"]
+        for label in labels:
+            row = {cell["calls"]: from_json(cell[name]) for cell in cells.values() if cell["label"] == label}
+            entries = [number(row[n], scale) if n in row else "" for n in calls]
+            lines += [f"| {label} | " + " | ".join(entries) + " |"]
+        lines += ["", f"Converged solution: {number(from_json(results['converged'][name]), scale)}."]
+        if name in results["real"]:
+            lines += [f"As many real pictures: {number(from_json(results['real'][name]), scale)}."]
+    lines += ["", "## Against the best peer with more calls", "", "Negative: closer to real pictures.", ""]
+    lines += [
+        "| Sampler, calls | Peer, calls | " + " | ".join(f"{title}, difference" for title in DISTANCES.values()) + " |"
+    ]
+    lines += ["|---" * (2 + len(DISTANCES)) + "|"]
+    for cell, peer, differences in comparisons(cells, steps):
+        entries = [f"{entry['label']}, {entry['calls']}" for entry in (cell, peer)]
+        entries += [f"{x.value:.4f} ± {x.standard_error:.4f}" for x in differences.values()]
+        lines += ["| " + " | ".join(entries) + " |"]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(results: dict[str, Any], path: Path):
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (name, title) in zip(panels, DISTANCES.items(), strict=True):
+        for label in dict.fromkeys(cell["label"] for cell in results["cells"].values()):
+            row = [cell for cell in results["cells"].values() if cell["label"] == label]
+            points = sorted((cell["calls"], cell[name]["value"], cell[name]["standard_error"]) for cell in row)
+            calls, values, errors = zip(*points, strict=True)
+            axes.errorbar(calls, values, errors, marker="o", capsize=2, linewidth=1, label=label)
+        axes.axhline(results["converged"][name]["value"], color="gray", linestyle="--", label="converged solution")
+        if name in results["real"]:
+            axes.axhline(results["real"][name]["value"], color="gray", linestyle=":", label="real pictures")
+        ticks = sorted({cell["calls"] for cell in results["cells"].values()})
+        axes.set(xscale="log", yscale="log", xlabel="model calls", ylabel=title)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--classifier", default=PACKAGED_CLASSIFIER, help="Folder with a classifier and its reference."
+    )
+    parser.add_argument("--model", default=PACKAGED_MODEL, help="Folder or Hub id of a pipeline.")
+    parser.add_argument(
+        "--samplers", default=SAMPLERS, help="NAME[:GRID][@STEPS], ... as for `genie-diffusers compare`."
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], help="For those without @STEPS.")
+    parser.add_argument("--num_samples", type=int, help="Default: 2,000 on a CPU, 10,000 on an accelerator.")
+    parser.add_argument("--batch_size", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=100_000, help="Of the first picture; the next one has the next.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="Keep the cells that are there and still hold.")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    num_samples = args.num_samples or (2_000 if args.device == "cpu" else 10_000)
+    samplers = parse_samplers(args.samplers, args.steps, None)
+
+    pipe = load_pipeline(args.model, None, args.device)
+    config = pipe.scheduler.config
+    distance = QualityDistance.from_pretrained(args.classifier, args.device)
+    pictures = choose_pictures(pipe, num_samples, args.seed)
+    settings = {
+        "model": Path(args.model).name,
+        "classifier": Path(args.classifier).name,
+        "num_samples": num_samples,
+        "seed": args.seed,
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "quality.json"
+    earlier = json.loads(path.read_text()) if args.resume and path.exists() else {"settings": settings, "cells": {}}
+    if earlier["settings"] != settings:
+        raise ValueError(f"`--resume` needs the settings of {path.name}, {earlier['settings']}, got {settings}.")
+
+    real = distance.reference.features[:num_samples]
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/quality.py", *(sys.argv[1:] if argv is None else argv)]),
+        "environment": {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": args.device},
+        "settings": settings,
+        "real": {},
+        "converged": earlier.get("converged", {}),
+        "cells": {},
+    }
+    if len(real) == num_samples:  # no kernel distance: these pictures are its own reference
+        floor = frechet_estimate(real, distance.reference.mean, distance.reference.covariance)
+        results["real"] = {"frechet_distance": to_json(floor)}
+
+    def measure(sampler: Sampler, known: dict[str, Any] | None) -> dict[str, Any]:
+        weights = weights_used(pipe, sampler)
+        if known and known["weights"] == weights:
+            return known
+        images, label, calls = sample(pipe, config, sampler, pictures, args.batch_size)
+        estimates = distance(images)
+        print(f"{label}, {calls} calls:", *(f"{name} {number(x)}" for name, x in estimates.items()), flush=True)
+        cell = {"label": label, "calls": calls, "own": sampler.name.startswith("genie"), "weights": weights}
+        return cell | {name: to_json(estimate) for name, estimate in estimates.items()}
+
+    keys = {f"{sampler.name}:{sampler.grid}@{sampler.steps}": sampler for sampler in samplers}
+    results["cells"] = {key: earlier["cells"][key] for key in keys if key in earlier["cells"]}
+    for key, sampler in keys.items():
+        results["cells"][key] = measure(sampler, results["cells"].get(key))
+        write_json(results, path)
+    results["converged"] = measure(CONVERGED, results["converged"])
+    write_json(results, path)
+    write_tables(results, args.steps, args.output_dir / "quality.md")
+    plot(results, args.output_dir / "quality.png")
+
+
+if __name__ == "__main__":
+    main()
