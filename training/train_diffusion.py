@@ -10,7 +10,6 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
@@ -57,6 +56,10 @@ class VariancePreservingTraining:
         scheduler_config (`dict`): Configuration of a diffusers scheduler: its betas and `prediction_type`.
     """
 
+    pipeline_class: type[GeniePipeline] = GeniePipeline
+    #: what the card says of the model
+    summary = "It is a `UNet2DModel` that any scheduler of diffusers can sample from."
+
     def __init__(self, scheduler_config: dict):
         self.scheduler = GenieScheduler.from_config(scheduler_config)
         self.process = VariancePreserving.from_config(self.scheduler.config)
@@ -88,7 +91,7 @@ class VariancePreservingTraining:
 
     def pipeline(self, unet: UNet2DModel) -> GeniePipeline:
         """The pipeline that is saved."""
-        return GeniePipeline(unet, self.scheduler)
+        return self.pipeline_class(unet, self.scheduler)
 
     def sampler(self, unet: UNet2DModel) -> GeniePipeline:
         """The pipeline that draws the sample grids, with a solver that needs no head."""
@@ -104,6 +107,7 @@ class LinearDiffusionTraining(VariancePreservingTraining):
             Configuration of a `scheduler_class`, or of another process, of which `sample_size` alone means something.
     """
 
+    pipeline_class = GDDIMPipeline
     scheduler_class: type
 
     def __init__(self, scheduler_config: dict):
@@ -128,22 +132,22 @@ class LinearDiffusionTraining(VariancePreservingTraining):
         weights = [torch.from_numpy(weight).to(noise) for weight in (to_output, -to_output @ of_state)]
         return self.process.combine(weights, [noise, self.process.add_noise(images, noise, timesteps)])
 
-    def pipeline(self, unet: UNet2DModel) -> GDDIMPipeline:
-        return GDDIMPipeline(unet, self.scheduler)
-
-    sampler = pipeline
+    def sampler(self, unet: UNet2DModel) -> GeniePipeline:
+        return self.pipeline(unet)
 
 
 class BlurringTraining(LinearDiffusionTraining):
     """`--process blurring`: pictures are blurred while they are noised."""
 
     scheduler_class = GDDIMBlurringScheduler
+    summary = "Its diffusion blurs pictures while it adds noise (https://huggingface.co/papers/2209.05557)."
 
 
 class LangevinTraining(LinearDiffusionTraining):
     """`--process cld`: pictures coupled to velocities, twice the channels."""
 
     scheduler_class = GDDIMCLDScheduler
+    summary = "Its diffusion couples pictures to velocities (https://huggingface.co/papers/2112.07068)."
 
     @staticmethod
     def image_channels(in_channels: int) -> int:
@@ -269,16 +273,18 @@ def sample_grid(
     return make_image_grid(images, rows, columns)
 
 
-def write_card(args: argparse.Namespace, accelerator: Accelerator, facts: dict, conditional: bool) -> None:
+def write_card(
+    args: argparse.Namespace, diffusion: VariancePreservingTraining, facts: dict, conditional: bool
+) -> None:
     repository = args.hub_model_id or args.output_dir.name
     call = "pipeline(class_labels=[0, 1, 2, 3], " if conditional else "pipeline(batch_size=4, "
     card = create_model_card(
         repository,
         f"{'A class-conditional' if conditional else 'An unconditional'} pixel-space diffusion model trained with "
-        "genie_diffusers. It is a `UNet2DModel` that any scheduler of diffusers can sample from.",
+        f"genie_diffusers. {diffusion.summary}",
         usage=(
-            "from genie_diffusers import GeniePipeline\n\n"
-            f'pipeline = GeniePipeline.from_pretrained("{repository}")\n'
+            f"from genie_diffusers import {diffusion.pipeline_class.__name__}\n\n"
+            f'pipeline = {diffusion.pipeline_class.__name__}.from_pretrained("{repository}")\n'
             f'images = {call}num_inference_steps=20).images\nimages[0].save("sample.png")'
         ),
         facts=facts,
@@ -411,7 +417,7 @@ def main(args: argparse.Namespace) -> None:
             "Steps": f"{args.max_train_steps:,} of {total_batch_size(args, accelerator)} pictures",
             "Final loss": f"{log.plot(args.output_dir / 'loss.png'):.5f} (mean over the last fiftieth of the run)",
         }
-        write_card(args, accelerator, facts, conditional=classes is not None)
+        write_card(args, diffusion, facts, conditional=classes is not None)
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()
