@@ -51,7 +51,8 @@ def load(name: str) -> GDDIMPipeline:
     folder = CHECKPOINTS / PROCESSES[name]
     if name == "VP":
         pipe = GeniePipeline.from_pretrained(folder)
-        options = {"time_grid": "quadratic", "analytical_first_step": False, "interpolation": "timestep"}
+        options = {"time_grid": "quadratic", "interpolation": "timestep"}
+        options |= {"analytical_first_step": False, "denoising_step": True}
         pipe = GDDIMPipeline(pipe.unet, GDDIMScheduler.from_config(pipe.scheduler.config, **options))
     else:
         pipe = GDDIMPipeline.from_pretrained(folder)

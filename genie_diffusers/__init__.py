@@ -4,7 +4,7 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier
+from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
 from .pipelines import GDDIMPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
 from .schedulers import (
@@ -13,6 +13,7 @@ from .schedulers import (
     GDDIMScheduler,
     GenieScheduler,
     LinearDiffusionScheduler,
+    QuasiTaylorScheduler,
 )
 
 __version__ = "0.1.0.dev0"
@@ -32,5 +33,7 @@ __all__ = [
     "ImageClassifier",
     "LinearDiffusion",
     "LinearDiffusionScheduler",
+    "QuasiTaylorScheduler",
+    "StepHead",
     "VariancePreserving",
 ]

@@ -15,7 +15,14 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from . import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel, VariancePreserving
+from . import (
+    DerivativeHead,
+    GeniePipeline,
+    GenieScheduler,
+    GenieUNet2DModel,
+    QuasiTaylorScheduler,
+    VariancePreserving,
+)
 from .schedulers.scheduling_utils import SIGMA_GRIDS
 from .schedulers.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
@@ -33,6 +40,7 @@ UNETS = ("GenieUNet2DModel", "UNet2DModel")
 SCHEDULERS = {
     "genie": ("GENIE", GenieScheduler),
     "genie-history": ("GENIE", GenieScheduler),
+    "quasi-taylor": ("Quasi-Taylor", QuasiTaylorScheduler),
     "ddim": ("DDIM", diffusers.DDIMScheduler),
     "ddpm": ("DDPM", diffusers.DDPMScheduler),
     "deis": ("DEIS", diffusers.DEISMultistepScheduler),

@@ -18,7 +18,65 @@ logger = logging.get_logger(__name__)
 FINGERPRINT_TOLERANCE = 5e-3
 
 
-class DerivativeHead(ModelMixin, ConfigMixin):
+class UNetHead(ModelMixin, ConfigMixin):
+    """
+    A small network that reads what a denoiser has just computed, and remembers which denoiser that is.
+
+    A head is a file of its own, like a LoRA: it is saved, loaded and published without the denoiser it was distilled
+    from. Its configuration holds at least what [`head_arguments`] returns.
+    """
+
+    def check_fits(self, unet: UNet2DModel):
+        """
+        Check that the head can read what `unet` computes; warn if the weights are not those it was distilled from.
+
+        Raises:
+            ValueError: If channels, feature width or embedding size differ.
+        """
+        found = {
+            "in_channels": _sample_channels(unet),
+            "feature_channels": unet.conv_norm_out.num_channels,
+            "time_embedding_dim": unet.time_embedding.linear_2.out_features,
+        }
+        for name, value in found.items():
+            if self.config[name] != value:
+                raise ValueError(
+                    f"This derivative head needs a UNet with {name} {self.config[name]}, this one has {value}."
+                )
+        if not self.matches(unet):
+            logger.warning(
+                "This head was distilled from other weights than this UNet's. That can be meant (a "
+                "fine-tuned UNet, a fused LoRA), but what it predicts may be off."
+            )
+
+    def matches(self, unet: UNet2DModel) -> bool:
+        """Whether the head was distilled from the weights of `unet`, or does not say."""
+        noted, found = self.config.fingerprint, fingerprint(unet)
+        return noted is None or max(abs(a - b) for a, b in zip(noted, found, strict=True)) <= FINGERPRINT_TOLERANCE
+
+    def check_process(self, process: VariancePreserving, prediction_type: str):
+        """
+        Check that the head was distilled for this diffusion.
+
+        Raises:
+            ValueError: If noise schedule or prediction type differ.
+        """
+        if prediction_type != self.config.prediction_type:
+            raise ValueError(
+                f"This derivative head is for a model with `prediction_type={self.config.prediction_type!r}`, the "
+                f"scheduler has {prediction_type!r}."
+            )
+        own = VariancePreserving.from_config(self.config.process or {})
+        same = own.is_discrete == process.is_discrete and own.num_train_timesteps == process.num_train_timesteps
+        probe = torch.linspace(own.timestep_min, own.timestep_max, 33).numpy()
+        if not same or abs(own.log_snr(probe) - process.log_snr(probe)).max() > 1e-3:
+            raise ValueError(
+                "This derivative head was distilled for another noise schedule than the scheduler's: "
+                + json.dumps(self.config.process or {})
+            )
+
+
+class DerivativeHead(UNetHead):
     """
     A small network that predicts dε/dλ, the slope of a denoiser's noise prediction along the probability-flow ODE.
 
@@ -28,9 +86,6 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         dε/dλ = k₁ − σ² k₂ − α² k₃
 
     which is the mixture dε/dγ = −k₁/γ + γ/(1+γ²) k₂ + k₃/(γ(1+γ²)) of the paper. The last layer starts at zero.
-
-    A head is a file of its own, like a LoRA: it is saved, loaded and published without the denoiser it was distilled
-    from, and remembers what that was.
 
     Args:
         in_channels (`int`): Channels of the sample.
@@ -80,22 +135,11 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If `width` is no positive multiple of 8.
         """
-        feature_channels = unet.conv_norm_out.num_channels
         if width is None:
-            width = 8 * math.ceil(feature_channels / 16)
+            width = 8 * math.ceil(unet.conv_norm_out.num_channels / 16)
         elif width < 8 or width % 8:
             raise ValueError(f"`width` must be a positive multiple of 8, got {width}.")
-        config = dict(scheduler_config or {})
-        process = {key: config[key] for key in VariancePreserving.CONFIG_KEYS if config.get(key) is not None}
-        return cls(
-            in_channels=_sample_channels(unet),
-            feature_channels=feature_channels,
-            time_embedding_dim=unet.time_embedding.linear_2.out_features,
-            width=width,
-            process=process or None,
-            prediction_type=config.get("prediction_type", "epsilon"),
-            fingerprint=fingerprint(unet),
-        )
+        return cls(**head_arguments(unet, scheduler_config), width=width)
 
     def forward(
         self,
@@ -121,54 +165,19 @@ class DerivativeHead(ModelMixin, ConfigMixin):
         k_1, k_2, k_3 = self.conv_out(torch.nn.functional.silu(self.norm_out(hidden))).chunk(3, dim=1)
         return k_1 - sigma**2 * k_2 - alpha**2 * k_3
 
-    def check_fits(self, unet: UNet2DModel):
-        """
-        Check that the head can read what `unet` computes; warn if the weights are not those it was distilled from.
 
-        Raises:
-            ValueError: If channels, feature width or embedding size differ.
-        """
-        found = {
-            "in_channels": _sample_channels(unet),
-            "feature_channels": unet.conv_norm_out.num_channels,
-            "time_embedding_dim": unet.time_embedding.linear_2.out_features,
-        }
-        for name, value in found.items():
-            if self.config[name] != value:
-                raise ValueError(
-                    f"This derivative head needs a UNet with {name} {self.config[name]}, this one has {value}."
-                )
-        if not self.matches(unet):
-            logger.warning(
-                "This derivative head was distilled from other weights than this UNet's. That can be meant (a "
-                "fine-tuned UNet, a fused LoRA), but its slopes may be off."
-            )
-
-    def matches(self, unet: UNet2DModel) -> bool:
-        """Whether the head was distilled from the weights of `unet`, or does not say."""
-        noted, found = self.config.fingerprint, fingerprint(unet)
-        return noted is None or max(abs(a - b) for a, b in zip(noted, found, strict=True)) <= FINGERPRINT_TOLERANCE
-
-    def check_process(self, process: VariancePreserving, prediction_type: str):
-        """
-        Check that the head was distilled for this diffusion.
-
-        Raises:
-            ValueError: If noise schedule or prediction type differ.
-        """
-        if prediction_type != self.config.prediction_type:
-            raise ValueError(
-                f"This derivative head is for a model with `prediction_type={self.config.prediction_type!r}`, the "
-                f"scheduler has {prediction_type!r}."
-            )
-        own = VariancePreserving.from_config(self.config.process or {})
-        same = own.is_discrete == process.is_discrete and own.num_train_timesteps == process.num_train_timesteps
-        probe = torch.linspace(own.timestep_min, own.timestep_max, 33).numpy()
-        if not same or abs(own.log_snr(probe) - process.log_snr(probe)).max() > 1e-3:
-            raise ValueError(
-                "This derivative head was distilled for another noise schedule than the scheduler's: "
-                + json.dumps(self.config.process or {})
-            )
+def head_arguments(unet: UNet2DModel, scheduler_config=None) -> dict:
+    """The arguments of a head that say which denoiser it is for: sizes, noise schedule, prediction, fingerprint."""
+    config = dict(scheduler_config or {})
+    process = {key: config[key] for key in VariancePreserving.CONFIG_KEYS if config.get(key) is not None}
+    return {
+        "in_channels": _sample_channels(unet),
+        "feature_channels": unet.conv_norm_out.num_channels,
+        "time_embedding_dim": unet.time_embedding.linear_2.out_features,
+        "process": process or None,
+        "prediction_type": config.get("prediction_type", "epsilon"),
+        "fingerprint": fingerprint(unet),
+    }
 
 
 def _sample_channels(unet: UNet2DModel) -> int:

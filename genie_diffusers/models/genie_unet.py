@@ -10,15 +10,20 @@ from diffusers import UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here when a pipeline is loaded)
 
 from ..processes import VariancePreserving
-from .derivative_head import DerivativeHead
+from .derivative_head import DerivativeHead, UNetHead
 from .exact_slope import to_model_output
 from .guidance import RunCheck, branch_weights, count_branches
+from .step_head import StepHead
 
 Model = TypeVar("Model", bound="_GenieUNet")
 
 
 class HeadSlope:
-    """The slope source of a UNet with a derivative head: dε/dλ from the UNet's last call, at the cost of the head."""
+    """
+    The slope source of a UNet with a head: what the head makes of the UNet's last call, at the cost of the head.
+
+    With a [`DerivativeHead`] that is dε/dλ; with a [`StepHead`] it is what its `tables` weigh in the place of a slope.
+    """
 
     def __init__(self, unet: "_GenieUNet"):
         if unet.derivative_head is None:
@@ -26,12 +31,16 @@ class HeadSlope:
         self._unet, self._head = unet, unet.derivative_head
         self._check = RunCheck()
 
+    @property
+    def tables(self) -> dict | None:
+        """The tables that the head was distilled with, by number of model calls; `None` for a derivative."""
+        return self._head.config.tables if isinstance(self._head, StepHead) else None
+
     def bind(self, process: VariancePreserving, prediction_type: str):
         """Called by the scheduler; raises a `ValueError` if the head was distilled for another diffusion."""
         self._head.check_process(process, prediction_type)
         self._process, self._prediction_type = process, prediction_type
 
-    @torch.no_grad()
     def __call__(
         self,
         sample: torch.Tensor,
@@ -42,7 +51,7 @@ class HeadSlope:
         history_slope: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        dε/dλ at `sample`, along the velocity of `noise_prediction`; shape of `sample`.
+        The head's output at `sample`, along the velocity of `noise_prediction`; shape of `sample`.
 
         Raises:
             ValueError: If the UNet was not called with `sample`, or its outputs do not combine to the prediction.
@@ -55,6 +64,10 @@ class HeadSlope:
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
         repeats = (branches, *(1,) * (sample.ndim - 1))
         dtype = call["features"].dtype
+        of_step = {}
+        if isinstance(self._head, StepHead):
+            history_slope = None if history_slope is None else history_slope.to(dtype).repeat(repeats)
+            of_step = {"step": step, "history_slope": history_slope}
         slopes = self._head(
             sample.to(dtype).repeat(repeats),
             noise_prediction.to(dtype).repeat(repeats),
@@ -62,6 +75,7 @@ class HeadSlope:
             call["time_embedding"],
             alpha,
             sigma,
+            **of_step,
         )
         if branches == 1:
             return slopes
@@ -79,13 +93,13 @@ class _GenieUNet(torch.nn.Module):
     time_embedding: torch.nn.Module
     conv_norm_out: torch.nn.Module
 
-    derivative_head: DerivativeHead | None
+    derivative_head: UNetHead | None
     last_call: dict[str, torch.Tensor] | None
 
     def _add_head(self, config: dict | None):
         # The nested configuration is a plain dictionary, so that it is saved as JSON in the UNet's own.
         self.register_to_config(derivative_head_config=dict(config) if config is not None else None)
-        self.derivative_head = None if config is None else DerivativeHead.from_config(dict(config))
+        self.derivative_head = None if config is None else _head_class(config).from_config(dict(config))
         self.last_call = None
         self._record_from_children()
 
@@ -103,10 +117,10 @@ class _GenieUNet(torch.nn.Module):
         """The forward method of the plain UNet; what the derivative head reads is kept until the next call."""
         output = super().forward(sample, *args, **kwargs)
         self.last_call = {
-            "sample": sample.detach(),
-            "output": output[0].detach(),
-            "features": self._features.detach(),
-            "time_embedding": self._time_embedding.detach(),
+            "sample": sample,
+            "output": output[0],
+            "features": self._features,
+            "time_embedding": self._time_embedding,
         }
         return output
 
@@ -117,28 +131,29 @@ class _GenieUNet(torch.nn.Module):
 
     @classmethod
     def from_unet(
-        cls: type[Model], unet: UNet2DModel, derivative_head: DerivativeHead | str | os.PathLike, **kwargs
+        cls: type[Model], unet: UNet2DModel, derivative_head: UNetHead | str | os.PathLike, **kwargs
     ) -> Model:
         """
         The same UNet with a derivative head. Its weights are shared with `unet`, not copied.
 
         Args:
             unet: The plain UNet.
-            derivative_head ([`DerivativeHead`] or `str`):
+            derivative_head ([`DerivativeHead`], [`StepHead`] or `str`):
                 The head, or the Hub id or folder to load it from. It is moved to device and precision of the UNet.
             kwargs:
-                Passed to `DerivativeHead.from_pretrained`, such as `subfolder`, `revision` or `token`.
+                Passed to the head's `from_pretrained`, such as `subfolder`, `revision` or `token`.
 
         Raises:
             ValueError: If the head does not fit the UNet.
         """
-        if isinstance(derivative_head, DerivativeHead):
+        if isinstance(derivative_head, UNetHead):
             head = derivative_head
         elif isinstance(derivative_head, (str, os.PathLike)):
-            head = DerivativeHead.from_pretrained(derivative_head, **kwargs)
+            config = UNetHead.load_config(derivative_head, **kwargs)
+            head = _head_class(config).from_pretrained(derivative_head, **kwargs)
         else:
             raise ValueError(
-                "`derivative_head` must be a `DerivativeHead`, a folder or a Hub id, got "
+                "`derivative_head` must be a `DerivativeHead`, a `StepHead`, a folder or a Hub id, got "
                 f"{type(derivative_head).__name__}."
             )
         head.check_fits(unet)
@@ -155,7 +170,11 @@ class _GenieUNet(torch.nn.Module):
         return model.train(unet.training)
 
 
-def _plain(head: DerivativeHead) -> dict:
+def _head_class(config: dict) -> type[UNetHead]:
+    return StepHead if "tables" in config else DerivativeHead
+
+
+def _plain(head: UNetHead) -> dict:
     return {key: value for key, value in head.config.items() if not key.startswith("_")}
 
 
@@ -172,7 +191,7 @@ def _with_head_argument(init, base):
 
 class GenieUNet2DModel(_GenieUNet, UNet2DModel):
     """
-    A [`UNet2DModel`] with a derivative head, for [`GenieScheduler.attach`].
+    A [`UNet2DModel`] with a head, for [`GenieScheduler.attach`].
 
     Takes the arguments of [`UNet2DModel`], and `derivative_head_config` (`dict`, *optional*), the configuration of the
     head. Its output is that of the plain UNet, so every scheduler and pipeline works with it. Usually built by

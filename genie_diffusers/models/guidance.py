@@ -44,6 +44,7 @@ def count_branches(model_input: torch.Tensor, sample: torch.Tensor, check_values
     return branches
 
 
+@torch.no_grad()
 def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: bool) -> torch.Tensor:
     """
     Weights w, per sample, with guided ≈ Σ_b w_b · outputs_b, by least squares.

@@ -80,11 +80,9 @@ class VariancePreserving(LinearDiffusion):
         # (one knot before the data) and where it reaches 0 (squared-cosine, zero terminal SNR).
         knots, values = np.arange(-1.0, len(alphas)), np.concatenate([[1.0], alphas])
         self._alpha = make_interp_spline(knots, values, k=min(5, len(knots) - 1))
-        self._alpha_dot = self._alpha.derivative()
         # A spline lies between its coefficients, so negative ones prove that α decreases everywhere.
-        if np.any(self._alpha_dot.c[: len(knots) - 1] >= 0):  # a schedule with jumps: monotone before smooth
+        if np.any(self._alpha.derivative().c[: len(knots) - 1] >= 0):  # a schedule with jumps: monotone before smooth
             self._alpha = PchipInterpolator(knots, values)
-            self._alpha_dot = self._alpha.derivative()
 
     @classmethod
     def from_betas(cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False) -> "VariancePreserving":
@@ -167,13 +165,26 @@ class VariancePreserving(LinearDiffusion):
         """λ_t = log(α_t/σ_t), half the log signal-to-noise ratio."""
         return np.log(self.alpha(timesteps) / self.sigma(timesteps))
 
-    def beta(self, timesteps) -> np.ndarray:
-        """β_t = −d log ᾱ/dt, per unit of timestep."""
+    def beta(self, timesteps, derivative: int = 0) -> np.ndarray:
+        """
+        β_t = −d log ᾱ/dt, per unit of timestep, or its first or second derivative in t.
+
+        Args:
+            timesteps: Real timesteps.
+            derivative (`int`, defaults to 0):
+                0, 1 or 2. Where a schedule with jumps has two values, it is the one on the side of the data.
+        """
         timesteps = np.asarray(timesteps, dtype=np.float64)
         if self.is_discrete:
-            return -2.0 * self._alpha_dot(timesteps) / self._alpha(timesteps)
-        time = timesteps / self._time_scale
-        return (self._beta_min + (self._beta_max - self._beta_min) * time) / self._time_scale
+            timesteps = np.nextafter(timesteps, -np.inf)
+            # β = −2 r₁ with r_k = α⁽ᵏ⁾/α, whose derivative is r_{k+1} − r₁ r_k.
+            r = [self._alpha(timesteps, nu=k) / self._alpha(timesteps) for k in range(derivative + 2)]
+            if derivative == 0:
+                return -2.0 * r[1]
+            return -2.0 * (r[2] - r[1] ** 2 if derivative == 1 else r[3] - 3.0 * r[1] * r[2] + 2.0 * r[1] ** 3)
+        time, slope = timesteps / self._time_scale, self._beta_max - self._beta_min
+        values = (self._beta_min + slope * time, np.full_like(time, slope), np.zeros_like(time))
+        return values[derivative] / self._time_scale ** (derivative + 1)
 
     def drift(self, timesteps) -> np.ndarray:
         return -0.5 * self.diffusion(timesteps)

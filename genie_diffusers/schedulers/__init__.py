@@ -1,5 +1,6 @@
 from .scheduling_gddim import GDDIMBlurringScheduler, GDDIMCLDScheduler, GDDIMScheduler, LinearDiffusionScheduler
 from .scheduling_genie import GenieScheduler
+from .scheduling_quasi_taylor import QuasiTaylorScheduler
 
 __all__ = [
     "GDDIMBlurringScheduler",
@@ -7,4 +8,5 @@ __all__ = [
     "GDDIMScheduler",
     "GenieScheduler",
     "LinearDiffusionScheduler",
+    "QuasiTaylorScheduler",
 ]

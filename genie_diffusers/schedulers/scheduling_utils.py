@@ -66,13 +66,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     #: the diffusion that the configuration describes
     process_class: type[LinearDiffusion] = VariancePreserving
-    #: whether the rows weigh the data prediction x_0 (True) or the noise prediction ε (False)
-    data_form = False
+    #: values of the configuration key `method`
+    methods: tuple[str, ...] = ()
 
     def __init__(self):
         self._process: Any = None
         self._process_key: tuple | None = None
         self._slope_source: Any = None
+        self._learned: dict = {}
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
         self.sigmas = torch.empty(0, dtype=torch.float64)
@@ -81,7 +82,20 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # Each of our classes has methods of its own: those of another one stay behind.
+        of_others = {method for scheduler in TableScheduler.__subclasses__() for method in scheduler.methods}
+        if config_dict.get("method") in of_others.difference(cls.methods):
+            config_dict = {key: value for key, value in config_dict.items() if key != "method"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
     # --- what a solver defines -------------------------------------------------------------------------------------
+
+    @property
+    def data_form(self) -> bool:
+        """Whether the rows weigh the data prediction x_0 instead of the noise prediction ε."""
+        return False
 
     def row(self, index: int, known: int) -> Row:
         """
@@ -98,6 +112,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         The weights of what is added to the sample of step `index` once the model was called on it, empty for none.
 
         A corrector is an increment to the sample it is given, so that edits made between steps survive it.
+        """
+        return {}
+
+    def learned_table(self, num_inference_steps: int) -> dict:
+        """
+        Learned timesteps and rows for this number of model calls, empty where there are none.
+
+        They take the place of the configured time grid, and end at clean data; `row` reads them from `self._learned`.
         """
         return {}
 
@@ -140,9 +162,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if sum(value is not None for value in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("`set_timesteps` needs exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         self._check_config()
-        first_step_is_free = self.config.get("analytical_first_step", False)
         process = self.process
-        if num_inference_steps is not None:
+        self._learned = {} if num_inference_steps is None else self.learned_table(num_inference_steps)
+        first_step_is_free = self.config.get("analytical_first_step", False) and not self._learned
+        end_is_noisy = self._end_is_noisy and not self._learned
+        if self._learned:
+            points = np.asarray(self._learned["timesteps"], dtype=np.float64)
+        elif num_inference_steps is not None:
             points = self._grid(num_inference_steps)
         else:
             points = self._custom_points(timesteps, sigmas)
@@ -153,11 +179,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                         f"With `analytical_first_step=True` the first of the custom timesteps must be below "
                         f"{points[0]:g}, where the analytical step starts; got {points[1]:g}."
                     )
-            if self._end_is_noisy:
+            if end_is_noisy:
                 points = np.concatenate([points, [process.timestep_min]])
 
         alphas, noise_stds = process.alpha(points), process.sigma(points)
-        if not self._end_is_noisy:
+        if not end_is_noisy:
             alphas, noise_stds = np.append(alphas, 1.0), np.append(noise_stds, 0.0)
         self.init_noise_sigma = 1.0
         if first_step_is_free:
@@ -210,7 +236,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if name in TIMESTEP_SPACINGS:
             points = spaced_timesteps(process, name, visited, self.config.get("steps_offset", 0))
         else:
-            points = time_grid(process, name, visited + int(self._end_is_noisy))[:visited]
+            # diffusers' own grids spend the last call at the smallest timestep
+            ends_before = self._end_is_noisy or (self.config.time_grid and not self.config.get("denoising_step", True))
+            points = time_grid(process, name, visited + int(bool(ends_before)))[:visited]
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
         return np.append(points, process.timestep_min) if self._end_is_noisy else points

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines with `GenieScheduler.from_config(pipe.scheduler.config)`, and pipelines that were saved."""
+"""diffusers' own pipelines with our schedulers from `pipe.scheduler.config`, and pipelines that were saved."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 import genie_diffusers
-from genie_diffusers import ExactSlope, GeniePipeline, GenieScheduler
+from genie_diffusers import ExactSlope, GeniePipeline, GenieScheduler, QuasiTaylorScheduler
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
@@ -56,11 +56,10 @@ class Calls(list):
 # --- DDPMPipeline and DDIMPipeline -----------------------------------------------------------------------------------
 
 
-def pixel_pipeline(pipeline_class, unet, config=SMOOTH, source=None):
+def pixel_pipeline(pipeline_class, unet, config=SMOOTH, source=None, scheduler_class=GenieScheduler, **options):
     pipe = pipeline_class(unet, DDPMScheduler(**config))
-    pipe.scheduler = GenieScheduler.from_config(
-        pipe.scheduler.config
-    )  # after construction: DDIMPipeline wants its own
+    # after construction: DDIMPipeline wants its own
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     if source == "exact":
         pipe.scheduler.attach(ExactSlope(unet))
     elif source == "head":
@@ -127,6 +126,23 @@ def test_ddim_pipeline_refuses_noise_that_the_sampler_would_not_add(make_unet):
         pipe(num_inference_steps=2, eta=0.5)
 
 
+@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
+@pytest.mark.parametrize("method", ["ode", "sde"])
+def test_pixel_pipelines_draw_what_ours_draws_by_quasi_taylor(make_unet, pipeline_class, method):
+    options = {"scheduler_class": QuasiTaylorScheduler, "method": method, "taylor_order": 3}
+    images = pixel_images(pixel_pipeline(pipeline_class, make_unet(), **options), 6)
+    assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all() and images.std() > 0.05
+    ours = pixel_pipeline(GeniePipeline, make_unet(), **options)
+    np.testing.assert_allclose(images, pixel_images(ours, 6), atol=1e-5)
+
+
+def test_pixel_pipelines_converge_to_the_solution_of_the_ode_by_quasi_taylor(make_unet, solution):
+    pipe = pixel_pipeline(DDPMPipeline, make_unet(), scheduler_class=QuasiTaylorScheduler, taylor_order=3)
+    coarse, fine = (distance(pixel_images(pipe, steps), solution) for steps in (20, 80))
+    assert fine < 0.05
+    assert fine < coarse / 3  # first order: 4
+
+
 # --- Stable Diffusion ------------------------------------------------------------------------------------------------
 
 
@@ -134,9 +150,11 @@ def test_ddim_pipeline_refuses_noise_that_the_sampler_would_not_add(make_unet):
 def stable_diffusion(make_stable_diffusion):
     """A pipeline with our scheduler from its scheduler's configuration, with a source or without."""
 
-    def make(pipeline_class=StableDiffusionPipeline, source=None, unet_channels=4, **config):
+    def make(
+        pipeline_class=StableDiffusionPipeline, source=None, unet_channels=4, scheduler_class=GenieScheduler, **config
+    ):
         pipe = make_stable_diffusion(pipeline_class, unet_channels)
-        pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config, **{**SMOOTH, **config})
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **{**SMOOTH, **config})
         if source == "exact":
             pipe.scheduler.attach(ExactSlope(pipe.unet))
         return pipe
@@ -207,6 +225,18 @@ def test_stable_diffusion_pipelines_run_all_their_steps(stable_diffusion, task, 
 
 
 @every_task
+@pytest.mark.parametrize("method", ["ode", "sde"])
+def test_stable_diffusion_pipelines_run_all_their_steps_by_quasi_taylor(stable_diffusion, task, method):
+    pipeline_class, unet_channels, options = TASKS[task]
+    pipe = stable_diffusion(pipeline_class, None, unet_channels, QuasiTaylorScheduler, method=method)
+    calls = Calls(pipe.unet)
+    images = draw(pipe, task, 4, output_type="np")
+    assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all() and images.std() > 0.01
+    taken = 2 if options.get("strength") == 0.5 else 4
+    assert calls == pipe.scheduler.timesteps[-taken:].tolist()
+
+
+@every_task
 def test_stable_diffusion_pipelines_agree_with_the_solvers_of_diffusers_at_many_steps(stable_diffusion, task):
     pipeline_class, unet_channels, _ = TASKS[task]
     pipe = stable_diffusion(pipeline_class, None, unet_channels)
@@ -219,6 +249,19 @@ def test_stable_diffusion_pipelines_agree_with_the_solvers_of_diffusers_at_many_
     ddim = draw(pipe, task, 50)
     assert latent_distance(genie, dpm) < 0.006
     assert latent_distance(genie, ddim) < 0.04
+
+
+def test_stable_diffusion_agrees_with_ddim_by_quasi_taylor(stable_diffusion):
+    pipe = stable_diffusion()
+    config = pipe.scheduler.config
+    pipe.scheduler = DDIMScheduler.from_config(config, set_alpha_to_one=True)
+    ddim = draw(pipe, "text-to-image", 25)
+    distances = []
+    for taylor_order in (1, 2, 3):
+        pipe.scheduler = QuasiTaylorScheduler.from_config(config, taylor_order=taylor_order)
+        distances.append(latent_distance(draw(pipe, "text-to-image", 25), ddim))
+    assert distances[2] < distances[1] < distances[0]
+    assert distances[2] < 0.002
 
 
 def test_exact_slopes_bring_stable_diffusion_closer_to_the_solution(stable_diffusion):
@@ -310,9 +353,13 @@ def test_what_a_pipeline_rewrites_when_it_is_built_is_what_is_sampled_with(make_
     np.testing.assert_array_equal(images, draw(meant, "text-to-image", 4))
 
 
-@pytest.mark.parametrize("source", [None, "exact"])
-def test_one_generator_per_image_gives_the_same_images_for_any_split_into_batches(stable_diffusion, source):
-    pipe = stable_diffusion(source=source)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"source": "exact"}, {"scheduler_class": QuasiTaylorScheduler, "method": "sde"}],
+    ids=["genie", "genie, exact", "quasi-taylor-sde"],
+)
+def test_one_generator_per_image_gives_the_same_images_for_any_split_into_batches(stable_diffusion, options):
+    pipe = stable_diffusion(**options)
     whole = draw(pipe, "text-to-image", 3, num_images_per_prompt=2, generator=[seeded(1), seeded(2)])
     parts = [draw(pipe, "text-to-image", 3, generator=[seeded(seed)]) for seed in (1, 2)]
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-3)
@@ -363,7 +410,9 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
     ddpm = DDPMPipeline(make_unet(), GenieScheduler(**SMOOTH))
     ddpm_with_head = DDPMPipeline(make_genie_unet(SMOOTH), GenieScheduler(**SMOOTH))
     genie = GeniePipeline(make_genie_unet(SMOOTH), GenieScheduler(**SMOOTH))
+    quasi_taylor = DDPMPipeline(make_unet(), QuasiTaylorScheduler(**SMOOTH, method="sde"))
     pipelines = {
+        "quasi-taylor": (quasi_taylor, {"output_type": "np", "sources": ["as loaded"]}),
         "ddpm": (ddpm, {"output_type": "np", "sources": ["as loaded", "exact"]}),
         "ddpm-head": (ddpm_with_head, {"output_type": "np", "sources": ["as loaded", "head"]}),
         "genie": (genie, {"output_type": "np", "sources": ["as loaded"]}),
@@ -397,6 +446,7 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
     )
     assert fresh.returncode == 0, fresh.stderr
     assert json.loads(fresh.stdout.splitlines()[-1]) == {
+        "quasi-taylor": ["DDPMPipeline", "QuasiTaylorScheduler", "UNet2DModel"],
         "ddpm": ["DDPMPipeline", "GenieScheduler", "UNet2DModel"],
         "ddpm-head": ["DDPMPipeline", "GenieScheduler", "GenieUNet2DModel"],
         "genie": ["GeniePipeline", "GenieScheduler", "GenieUNet2DModel"],

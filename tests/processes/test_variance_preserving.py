@@ -135,6 +135,26 @@ def test_beta_is_minus_the_derivative_of_log_alpha_squared(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("derivative", [1, 2])
+def test_derivatives_of_beta_are_those_of_beta(name, derivative):
+    process = process_of(name)
+    t, h = inner_timesteps(process), 5e-3
+    t = t[np.abs(t - np.round(t)) > 2 * h]  # at the timesteps a schedule with jumps has a derivative on each side
+    below = derivative - 1
+    difference = (process.beta(t + h, below) - process.beta(t - h, below)) / (2 * h)
+    exact = process.beta(t, derivative)
+    np.testing.assert_allclose(exact, difference, rtol=1e-3, atol=1e-6 * np.abs(exact).max())
+
+
+def test_derivatives_of_beta_at_a_jump_are_those_on_the_side_of_the_data():
+    process, t = process_of("trained_betas"), np.arange(10.0, 90.0)
+    for derivative in (1, 2):
+        exact, left, right = (process.beta(t + shift, derivative) for shift in (0, -1e-7, 1e-7))
+        np.testing.assert_allclose(exact, left, rtol=1e-3, atol=1e-6)
+        assert np.max(np.abs(exact - right)) > 1e-3
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_log_snr_derivative_is_the_derivative_of_log_snr(name):
     process = process_of(name)
     t, h = inner_timesteps(process), 1e-4

@@ -1,4 +1,4 @@
-"""What `GenieScheduler` owes to diffusers: configuration, interface, errors, whole runs, numerics."""
+"""What the schedulers owe to diffusers: configuration, interface, errors, whole runs, numerics."""
 
 import inspect
 import json
@@ -12,12 +12,33 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 
-from genie_diffusers import GenieScheduler
+from genie_diffusers import GenieScheduler, QuasiTaylorScheduler
 
 # diffusers' default noise schedule, the oracle of this file
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SHAPE = (2, 3, 4, 4)
+
+#: scheduler → its class, and the options that make it
+SCHEDULERS = {
+    "genie": (GenieScheduler, {}),
+    "quasi-taylor": (QuasiTaylorScheduler, {}),
+    "quasi-taylor-sde": (QuasiTaylorScheduler, {"method": "sde", "taylor_order": 3}),
+}
+
+
+def kinds(*names: str):
+    """Run a test for these of the `SCHEDULERS`, all if none is named."""
+    return pytest.mark.parametrize("kind", names or SCHEDULERS)
+
+
+every_kind, deterministic = kinds(), kinds("genie", "quasi-taylor")
+
+
+def make(kind: str, **config):
+    scheduler_class, options = SCHEDULERS[kind]
+    return scheduler_class(**{**options, **config})
+
 
 # diffusers hands tensors to numpy
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
@@ -130,8 +151,12 @@ OUR_VALUES = {
     "use_karras_sigmas": True,
     "final_sigmas_type": "sigma_min",
     "time_grid": "quadratic",
-    "method": "taylor",
     "analytical_first_step": True,
+}
+OUR_OWN_VALUES = {
+    "genie": {"method": "taylor"},
+    "quasi-taylor": {"method": "ode", "taylor_order": 1},
+    "quasi-taylor-sde": {"method": "sde", "taylor_order": 3},
 }
 
 
@@ -144,12 +169,13 @@ def diffusers_scheduler(name: str):
 every_diffusers_scheduler = pytest.mark.parametrize("name", [member.name for member in KarrasDiffusionSchedulers])
 
 
+@every_kind
 @every_diffusers_scheduler
-def test_a_config_of_diffusers_runs_here_and_survives_the_way_back(name):
+def test_a_config_of_diffusers_runs_here_and_survives_the_way_back(kind, name):
     cls = diffusers_scheduler(name)
     given = {k: v for k, v in THEIR_VALUES.items() if k in inspect.signature(cls.__init__).parameters}
     theirs = cls(**given)
-    ours = GenieScheduler.from_config(theirs.config)
+    ours = type(make(kind)).from_config(theirs.config, **SCHEDULERS[kind][1])
     assert {key: ours.config[key] for key in given} == given
     assert torch.isfinite(run_from_config(ours)).all()
     if name != "EDMEulerScheduler":  # has no betas
@@ -160,34 +186,39 @@ def test_a_config_of_diffusers_runs_here_and_survives_the_way_back(name):
     torch.testing.assert_close(run_from_config(back), run_from_config(theirs), rtol=0, atol=0)
 
 
+@every_kind
 @every_diffusers_scheduler
-def test_our_config_runs_in_diffusers_and_survives_the_way_back(name):
-    ours = GenieScheduler(**OUR_VALUES)
+def test_our_config_runs_in_diffusers_and_survives_the_way_back(kind, name):
+    values = OUR_VALUES | OUR_OWN_VALUES[kind]
+    ours = make(kind, **values)
     theirs = diffusers_scheduler(name).from_config(ours.config)
     assert torch.isfinite(run_from_config(theirs)).all()
-    back = GenieScheduler.from_config(theirs.config)
-    assert {key: back.config[key] for key in OUR_VALUES} == OUR_VALUES
+    back = type(ours).from_config(theirs.config)
+    assert {key: back.config[key] for key in values} == values
     torch.testing.assert_close(run_from_config(back), run_from_config(ours), rtol=0, atol=0)
 
 
+@every_kind
 @every_diffusers_scheduler
-def test_our_defaults_run_in_diffusers_after_saving_and_loading(name, tmp_path):
-    GenieScheduler().save_pretrained(tmp_path)
-    theirs = diffusers_scheduler(name).from_config(GenieScheduler.from_pretrained(tmp_path).config)
+def test_our_defaults_run_in_diffusers_after_saving_and_loading(kind, name, tmp_path):
+    make(kind).save_pretrained(tmp_path)
+    theirs = diffusers_scheduler(name).from_config(type(make(kind)).from_pretrained(tmp_path).config)
     assert torch.isfinite(run_from_config(theirs)).all()
 
 
-def test_keys_of_our_own_are_no_keys_of_diffusers():
-    own = {"time_grid", "method", "analytical_first_step", "continuous"}
-    assert own <= set(GenieScheduler().config)
+@every_kind
+def test_keys_of_our_own_are_no_keys_of_diffusers(kind):
+    own = {"time_grid", "analytical_first_step", "continuous", *OUR_OWN_VALUES[kind]}
+    assert own <= set(make(kind).config)
     for name in dir(diffusers):
         if name.endswith("Scheduler") and hasattr(getattr(diffusers, name), "from_config"):
             taken = own & set(inspect.signature(getattr(diffusers, name).__init__).parameters)
             assert not taken, f"{name} has {taken}"
 
 
-def test_every_diffusers_scheduler_is_named_as_an_alternative():
-    named = {cls.__name__ for cls in GenieScheduler().compatibles}
+@every_kind
+def test_every_diffusers_scheduler_is_named_as_an_alternative(kind):
+    named = {cls.__name__ for cls in make(kind).compatibles}
     assert named >= {member.name for member in KarrasDiffusionSchedulers}
 
 
@@ -198,10 +229,11 @@ def test_unknown_keys_pass_through_both_ways():
     assert GenieScheduler.from_config(theirs.config).config["a_key_of_tomorrow"] == 3
 
 
-def test_saved_scheduler_loads_the_same(tmp_path):
-    saved = GenieScheduler(**OUR_VALUES)
+@every_kind
+def test_saved_scheduler_loads_the_same(kind, tmp_path):
+    saved = make(kind, **OUR_VALUES | OUR_OWN_VALUES[kind])
     saved.save_pretrained(tmp_path)
-    loaded = GenieScheduler.from_pretrained(tmp_path)
+    loaded = type(saved).from_pretrained(tmp_path)
     assert public(loaded.config) == public(saved.config)
     torch.testing.assert_close(run_from_config(loaded), run_from_config(saved), rtol=0, atol=0)
 
@@ -275,19 +307,20 @@ def test_set_timesteps_uses_the_configuration_as_it_is_now(rewrite, key, value):
 # --- interface -------------------------------------------------------------------------------------------------------
 
 
-def ready(num_inference_steps: int = 5, **config) -> GenieScheduler:
-    scheduler = GenieScheduler(**config)
+def ready(num_inference_steps: int = 5, kind: str = "genie", **config):
+    scheduler = make(kind, **config)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
 
 
-def test_signatures_are_those_pipelines_inspect():
-    step = inspect.signature(GenieScheduler.step).parameters
+@every_kind
+def test_signatures_are_those_pipelines_inspect(kind):
+    step = inspect.signature(SCHEDULERS[kind][0].step).parameters
     assert list(step)[1:4] == ["model_output", "timestep", "sample"]
     assert {"generator", "return_dict"} <= set(step)
     assert "eta" not in step  # a pipeline would pass its own
     assert {"num_inference_steps", "device", "timesteps", "sigmas"} <= set(
-        inspect.signature(GenieScheduler.set_timesteps).parameters
+        inspect.signature(SCHEDULERS[kind][0].set_timesteps).parameters
     )
 
 
@@ -504,8 +537,9 @@ def test_use_past_the_end_is_an_error_until_the_timesteps_are_set_again():
     torch.testing.assert_close(run(scheduler, noise()), first, rtol=0, atol=0)
 
 
-def test_a_finished_run_keeps_no_tensors():
-    scheduler, kept = ready(), []
+@every_kind
+def test_a_finished_run_keeps_no_tensors(kind):
+    scheduler, kept = ready(5, kind), []
 
     def model(x, t):
         kept.append(weakref.ref(output := 0.3 * x))
@@ -586,6 +620,7 @@ def test_a_slope_of_another_shape_is_an_error():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@every_kind
 @pytest.mark.parametrize(
     "grid",
     [
@@ -604,9 +639,9 @@ def test_a_slope_of_another_shape_is_an_error():
     ids=lambda grid: "-".join(map(str, grid.values())),
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 25, 50, 99, 334, 500, 501, 999, 1000])
-def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(count, grid):
+def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(kind, count, grid):
     count -= int(count == 1000 and "analytical_first_step" in grid)
-    scheduler = ready(count, **grid)
+    scheduler = ready(count, kind, **grid)
     timesteps = scheduler.timesteps.tolist()
     assert len(timesteps) == count
     assert timesteps == sorted(set(timesteps), reverse=True)
@@ -615,12 +650,17 @@ def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(count, gri
     start_alpha, start_sigma = alpha_sigma(timesteps[0])
     z = noise(shape=(1, 2))
     x = run(scheduler, 0.7 * start_alpha + start_sigma * z, one_point)
-    alpha, sigma = alpha_sigma(0) if grid.get("final_sigmas_type") == "sigma_min" else (1, 0)
-    torch.testing.assert_close(x, 0.7 * alpha + sigma * z, rtol=0, atol=1e-7)
+    if grid.get("final_sigmas_type") != "sigma_min":
+        torch.testing.assert_close(x, torch.full_like(x, 0.7), rtol=0, atol=1e-7)
+    elif kind == "genie":  # the others are exact for one point at clean data only
+        alpha, sigma = alpha_sigma(0)
+        torch.testing.assert_close(x, 0.7 * alpha + sigma * z, rtol=0, atol=1e-7)
+    assert torch.isfinite(x).all()
 
 
+@every_kind
 @pytest.mark.parametrize("count", [1, 2, 10, 333, 1000])
-def test_continuous_process_runs_to_the_end_with_any_number_of_steps(count):
+def test_continuous_process_runs_to_the_end_with_any_number_of_steps(kind, count):
     def alpha_sigma_continuous(t):
         time = float(t) / 999
         alpha_cumprod = float(np.exp(-(0.1 * time + 0.5 * 19.9 * time**2)))
@@ -630,7 +670,7 @@ def test_continuous_process_runs_to_the_end_with_any_number_of_steps(count):
         alpha, sigma = alpha_sigma_continuous(t)
         return (x - 0.7 * alpha) / sigma
 
-    scheduler = ready(count, continuous=True)
+    scheduler = ready(count, kind, continuous=True)
     assert scheduler.timesteps.dtype == torch.float32
     alpha, sigma = alpha_sigma_continuous(scheduler.timesteps[0])
     x = run(scheduler, 0.7 * alpha + sigma * noise(), one_point_continuous)
@@ -653,9 +693,10 @@ def test_custom_sigmas_are_visited_at_their_nearest_timesteps():
     np.testing.assert_allclose(scheduler.sigmas.numpy(), [*gammas[[999, 500, 20]], 0.0], rtol=1e-9)
 
 
+@every_kind
 @with_and_without_a_source
-def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timesteps(source):
-    scheduler = ready(10)
+def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timesteps(kind, source):
+    scheduler = ready(10, kind)
     scheduler.attach(source())
     remaining = scheduler.timesteps[4:]
     by_lookup = run(scheduler, noise(), timesteps=remaining)
@@ -672,8 +713,9 @@ def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timest
     torch.testing.assert_close(by_custom, by_lookup, rtol=0, atol=0)
 
 
-def test_begin_index_abandons_a_run_under_way():
-    scheduler, fresh = ready(6), ready(6)
+@every_kind
+def test_begin_index_abandons_a_run_under_way(kind):
+    scheduler, fresh = ready(6, kind), ready(6, kind)
     run(scheduler, noise(9), timesteps=scheduler.timesteps[:3])  # another picture, interrupted
     scheduler.set_begin_index(0)
     torch.testing.assert_close(run(scheduler, noise()), run(fresh, noise()), rtol=0, atol=0)
@@ -736,33 +778,36 @@ def test_detaching_a_source_mid_way_goes_on_without_history():
     torch.testing.assert_close(detached, run(scheduler, x, timesteps=scheduler.timesteps[3:]), rtol=0, atol=0)
 
 
+@every_kind
 @pytest.mark.parametrize("index", range(6))
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @with_and_without_a_source
-def test_an_edit_of_the_sample_changes_the_next_one_by_the_linear_response_only(index, prediction_type, source):
+def test_an_edit_of_the_sample_changes_the_next_one_by_the_linear_response_only(kind, index, prediction_type, source):
     x, delta = noise(), noise(1)
     after = []
     for edit in (torch.zeros_like(x), delta):
-        scheduler = ready(6, prediction_type=prediction_type)
+        scheduler = ready(6, kind, prediction_type=prediction_type)
         scheduler.attach(source())
         denoise = lambda x, t: as_prediction(two_peaks(x, t), x, t, prediction_type)  # noqa: E731
         before = run(scheduler, x, denoise, timesteps=scheduler.timesteps[:index])
         t = scheduler.timesteps[index]
-        after.append(scheduler.step(denoise(before, t), t, before + edit).prev_sample)
+        generator = torch.Generator().manual_seed(1)
+        after.append(scheduler.step(denoise(before, t), t, before + edit, generator).prev_sample)
     # The edit moves x̄, and ε as converted from the model's output, which is what it was.
-    alpha, sigma = alpha_sigma(t)
-    alpha_next = alpha_sigma(scheduler.timesteps[index + 1])[0] if index < 5 else 1.0
+    _, sigma = alpha_sigma(t)
     of_noise = {"epsilon": 0.0, "sample": 1 / sigma, "v_prediction": sigma}[prediction_type]
-    response = alpha_next / alpha + scheduler.table[index]["prediction", 0] * of_noise
+    weights = scheduler.table[index]
+    response = weights["sample", 0] + weights["prediction", 0] * of_noise
     torch.testing.assert_close(after[1] - after[0], response * delta)
 
 
-def test_an_overwritten_sample_is_where_the_run_goes_on():
+@deterministic
+def test_an_overwritten_sample_is_where_the_run_goes_on(kind):
     """Inpainting: the known half of every sample is replaced, and the other half does not notice."""
     mask = torch.zeros(SHAPE, dtype=torch.bool)
     mask[..., :2] = True
     known = torch.full(SHAPE, 0.5, dtype=torch.float64)
-    inpainted, free = ready(8), ready(8)
+    inpainted, free = ready(8, kind), ready(8, kind)
     x = y = noise()
     for t in inpainted.timesteps:
         x = inpainted.step(two_peaks(x, t), t, x).prev_sample  # acts on each pixel alone
@@ -774,11 +819,12 @@ def test_an_overwritten_sample_is_where_the_run_goes_on():
 # --- numerics --------------------------------------------------------------------------------------------------------
 
 
+@every_kind
 @with_and_without_a_source
 @pytest.mark.parametrize("clips", [{}, {"clip_sample": True, "clip_sample_range": 0.8}], ids=["free", "clipped"])
-def test_prediction_types_of_one_denoiser_give_the_same_samples(source, clips):
+def test_prediction_types_of_one_denoiser_give_the_same_samples(kind, source, clips):
     def sample(prediction_type):
-        scheduler = ready(8, prediction_type=prediction_type, **clips)
+        scheduler = ready(8, kind, prediction_type=prediction_type, **clips)
         scheduler.attach(source())
         return run(scheduler, noise(), lambda x, t: as_prediction(two_peaks(x, t), x, t, prediction_type))
 
@@ -831,18 +877,20 @@ def test_clipping_is_that_of_the_predicted_data(config, clipped, prediction_type
     torch.testing.assert_close(x, clipped(data), rtol=1e-5, atol=1e-5)
 
 
+@every_kind
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_learned_variance_channels_are_dropped(variance_type):
-    scheduler, plain = ready(3, variance_type=variance_type), ready(3)
+def test_learned_variance_channels_are_dropped(kind, variance_type):
+    scheduler, plain = ready(3, kind, variance_type=variance_type), ready(3, kind)
     both = run(scheduler, noise(), lambda x, t: torch.cat([two_peaks(x, t), noise(3)], dim=1))
     torch.testing.assert_close(both, run(plain, noise()), rtol=0, atol=0)
 
 
+@deterministic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @with_and_without_a_source
-def test_half_precision_costs_the_rounding_of_one_step(dtype, prediction_type, source):
-    half, full = ready(8, prediction_type=prediction_type), ready(8, prediction_type=prediction_type)
+def test_half_precision_costs_the_rounding_of_one_step(kind, dtype, prediction_type, source):
+    half, full = ready(8, kind, prediction_type=prediction_type), ready(8, kind, prediction_type=prediction_type)
     half.attach(source())
     full.attach(source())
     x, history = noise(dtype=dtype), []
@@ -862,28 +910,31 @@ def test_half_precision_costs_the_rounding_of_one_step(dtype, prediction_type, s
         x = x_half
 
 
-def test_float32_run_agrees_with_float64():
-    double = run(ready(50), noise())
-    single = run(ready(50), noise(dtype=torch.float32), lambda x, t: two_peaks(x.double(), t).float())
+@deterministic
+def test_float32_run_agrees_with_float64(kind):
+    double = run(ready(50, kind), noise())
+    single = run(ready(50, kind), noise(dtype=torch.float32), lambda x, t: two_peaks(x.double(), t).float())
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-4)
 
 
+@every_kind
 @pytest.mark.parametrize("shape", [(2, 24), (2, 6, 4), (2, 3, 2, 2, 2)], ids=["vector", "sequence", "video"])
-def test_samples_of_any_number_of_dimensions_are_treated_alike(shape):
+def test_samples_of_any_number_of_dimensions_are_treated_alike(kind, shape):
     config = {"thresholding": True}
-    images = run(ready(6, **config), noise(shape=(2, 3, 2, 4)))
-    others = run(ready(6, **config), noise(shape=(2, 3, 2, 4)).reshape(shape))
+    images = run(ready(6, kind, **config), noise(shape=(2, 3, 2, 4)))
+    others = run(ready(6, kind, **config), noise(shape=(2, 3, 2, 4)).reshape(shape))
     torch.testing.assert_close(others.reshape(images.shape), images, rtol=0, atol=0)
 
 
+@deterministic
 @pytest.mark.parametrize(
     "config", [{}, {"clip_sample": True}, {"thresholding": True}], ids=["free", "clip", "threshold"]
 )
-def test_samples_do_not_depend_on_the_split_into_batches(config):
+def test_samples_do_not_depend_on_the_split_into_batches(kind, config):
     x = noise(shape=(5, 3, 4, 4))
-    whole = run(ready(6, **config), x)
-    parts = torch.cat([run(ready(6, **config), part) for part in (x[:1], x[1:3], x[3:])])
+    whole = run(ready(6, kind, **config), x)
+    parts = torch.cat([run(ready(6, kind, **config), part) for part in (x[:1], x[1:3], x[3:])])
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
@@ -913,10 +964,11 @@ def test_a_source_is_given_the_prediction_of_the_model_and_counts_where_it_is_no
         assert not torch.isclose(with_slope[~held], without_slope[~held]).any()
 
 
+@deterministic
 @pytest.mark.parametrize("schedule", [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float16, 5e-4), (torch.float32, 1e-7)])
-def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(schedule, dtype, rounding):
-    scheduler = GenieScheduler(**schedule, prediction_type="v_prediction", timestep_spacing="trailing")
+def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(kind, schedule, dtype, rounding):
+    scheduler = make(kind, **schedule, prediction_type="v_prediction", timestep_spacing="trailing")
     sample, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     ends = []
     for precision in (dtype, torch.float64):
