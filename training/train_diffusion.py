@@ -126,11 +126,12 @@ class LinearDiffusionTraining(VariancePreservingTraining):
         return self.process.combine([torch.from_numpy(scaling).to(noise)], [state])
 
     def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The output y with ε = A u + B y, where ε is the noise."""
+        """The output y with ε = A u + B y, where ε is the noise; in double, since the two nearly cancel."""
         _, of_state, of_output = self.process.preconditioning(timesteps.numpy())
         to_output = inverse(of_output)
-        weights = [torch.from_numpy(weight).to(noise) for weight in (to_output, -to_output @ of_state)]
-        return self.process.combine(weights, [noise, self.process.add_noise(images, noise, timesteps)])
+        weights = [torch.from_numpy(weight).to(noise.device) for weight in (to_output, -to_output @ of_state)]
+        state = self.process.add_noise(images.double(), noise.double(), timesteps)
+        return self.process.combine(weights, [noise.double(), state]).to(noise.dtype)
 
     def sampler(self, unet: UNet2DModel) -> GeniePipeline:
         return self.pipeline(unet)

@@ -90,15 +90,17 @@ class Blurring(LinearDiffusion):
 
     def preconditioning(self, timesteps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Weights (S, A, B) for a model that sees S y = y and returns e with ε = A y + B e = (1 − d) y/σ + d e.
+        Weights (S, A, B) for a model that sees S y = y and returns v with ε = A y + B v.
 
-        A step divides by a_t = α_t d_t, and with it what the model misses of ε, a thousandfold where a frequency is
-        blurred away. Here the model predicts (y − α x_0)/σ, which for d = 1 is ε, and its errors are blurred as the
-        picture is: that of the picture, (y − σ ε)/a = (y − σ e)/α, is what it is without blur.
+        A step divides what the model misses of ε by a_t = α_t d_t, which is tiny near pure noise, and a thousand times
+        smaller still where a frequency is blurred away. Here the model makes the v-prediction of the picture without
+        blur, x_0 = α y − σ v (Salimans & Ho, 2022): the picture is never off by more than what the model misses. As
+        ε = (y − a x_0)/σ, A = (1 − d)/σ + d σ and B = d α.
         """
         timesteps = np.asarray(timesteps, dtype=np.float64)
-        blur = self.mean(timesteps) / self._per_frequency(self.alpha(timesteps))
-        return np.ones_like(blur), (1 - blur) / self.root(timesteps), blur
+        alpha, sigma = self._per_frequency(self.alpha(timesteps)), self.root(timesteps)
+        blur = self.mean(timesteps) / alpha
+        return np.ones_like(blur), (1 - blur) / sigma + blur * sigma, blur * alpha
 
     def check_state(self, state: torch.Tensor) -> None:
         super().check_state(state)

@@ -25,7 +25,7 @@ from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, 
 #: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
 #: one number, or an array of the process's `weight_shape`, whose last two axes are a matrix
-Weight = float | np.ndarray
+Weight = Any
 #: the weights of one update, all numbers or all arrays; what is not named has weight zero
 Row = dict[Column, Weight]
 

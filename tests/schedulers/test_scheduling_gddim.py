@@ -327,14 +327,14 @@ def test_a_preconditioned_model_samples_like_the_one_it_stands_for(linear_mixtur
 
 
 def test_what_the_preconditioned_blurring_model_predicts_is_the_picture_without_blur(noise):
-    """y − σ e = α x_0 for the e that belongs to the true noise."""
+    """x_0 = α y − σ v for the v that belongs to the true noise."""
     process, picture, drawn = Blurring(SIZE), torch.from_numpy(pictures()), noise(1, 1, *SIZE)
     for time in (1.0, 200.0, 600.0):
         state = process.add_noise(picture, drawn, torch.tensor([time]))
         _, of_state, of_output = process.preconditioning(time)
         weights = [torch.from_numpy(weight) for weight in (1 / of_output, -of_state / of_output)]
         output = process.combine(weights, [drawn, state])
-        recovered = (state - float(process.sigma(time)) * output) / float(process.alpha(time))
+        recovered = float(process.alpha(time)) * state - float(process.sigma(time)) * output
         torch.testing.assert_close(recovered, picture, rtol=1e-9, atol=1e-9)
 
 
