@@ -260,9 +260,7 @@ class GDDIMScheduler(LinearDiffusionScheduler):
         eta: float = 0.0,
         interpolation: str = "log_snr",
     ):
-        super().__init__(
-            num_train_timesteps, time_grid, final_sigmas_type, multistep_order, corrector, eta, interpolation
-        )
+        TableScheduler.__init__(self)  # the parent's would register these arguments once more, as if defaulted
 
     # All prediction types.
     _conversion = TableScheduler._conversion
@@ -305,9 +303,7 @@ class GDDIMCLDScheduler(LinearDiffusionScheduler):
         parametrization: str = "R",
         preconditioned: bool = False,
     ):
-        super().__init__(
-            num_train_timesteps, time_grid, final_sigmas_type, multistep_order, corrector, eta, interpolation
-        )
+        TableScheduler.__init__(self)  # the parent's would register these arguments once more, as if defaulted
 
     def _check_config(self):
         super()._check_config()
@@ -353,9 +349,7 @@ class GDDIMBlurringScheduler(LinearDiffusionScheduler):
         interpolation: str = "timestep",
         preconditioned: bool = False,
     ):
-        super().__init__(
-            num_train_timesteps, time_grid, final_sigmas_type, multistep_order, corrector, eta, interpolation
-        )
+        TableScheduler.__init__(self)  # the parent's would register these arguments once more, as if defaulted
 
 
 def square_root(process: LinearDiffusion, timesteps, parametrization: str) -> np.ndarray:

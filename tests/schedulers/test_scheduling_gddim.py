@@ -355,6 +355,14 @@ def test_configuration_survives_saving_and_loading(tmp_path, name):
         assert all(np.array_equal(ours[column], theirs[column]) for column in ours)
 
 
+@every_scheduler
+def test_options_survive_from_config_twice(name):
+    given = {"multistep_order": 3, "corrector": True, "time_grid": "linear"}
+    scheduler = type(build(name)).from_config(build(name).config, **given)
+    again = type(scheduler).from_config(scheduler.config)
+    assert {key: again.config[key] for key in given} == given
+
+
 def test_keys_of_our_own_are_no_keys_of_diffusers():
     # `eta` is the strength of a stochastic sampler there too
     own = set().union(*(build(name).config for name in SCHEDULERS)) - set(GenieScheduler().config) - {"eta"}
@@ -437,14 +445,15 @@ def test_an_error_in_a_step_leaves_the_run_as_it_was(noise):
 # --- a process of one's own ------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_documentation_samples_its_process(linear_mixture, noise):
+def test_the_example_of_the_documentation_samples_its_process(linear_mixture, noise, tmp_path):
     """The code block in docs/gddim.md, run as it stands."""
     page = (Path(__file__).parents[2] / "docs" / "gddim.md").read_text()
     code = next(block for block in page.split("```python\n")[1:] if "class VarianceExploding" in block).split("```")[0]
     names: dict = {}
     exec(code, names)
     process: LinearDiffusion = names["VarianceExploding"]()
-    scheduler = names["VarianceExplodingScheduler"](final_sigmas_type="sigma_min", multistep_order=3)
+    names["VarianceExplodingScheduler"](final_sigmas_type="sigma_min", multistep_order=3).save_pretrained(tmp_path)
+    scheduler = names["VarianceExplodingScheduler"].from_pretrained(tmp_path)
     problem = linear_mixture(process, np.array([[1.2, 0.3], [-0.7, 1.0], [-0.4, -1.1]]))
     start = process.prior(noise(6, 2))
     scheduler.set_timesteps(60)
