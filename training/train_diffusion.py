@@ -118,7 +118,7 @@ class LinearDiffusionTraining(VariancePreservingTraining):
             given = {key: scheduler_config[key] for key in keys if key in scheduler_config}
             self.scheduler = self.scheduler_class(**given, preconditioned=True)
         self.process = self.scheduler.process
-        self.prediction_type = "epsilon"
+        self.prediction_type = "epsilon of K = R, preconditioned"
 
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         scaling, _, _ = self.process.preconditioning(timesteps.numpy())
