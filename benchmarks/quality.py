@@ -3,9 +3,10 @@ How far the pictures of each sampler are from real ones, at equal numbers of mod
 
     python benchmarks/quality.py
 
-samples the packaged checkpoint, class-conditional and unguided, from the same seeds and classes with every sampler at
-its best time grid, and writes `benchmarks/results/quality.json`, `quality.md` and `quality.png`. The first is written
-after every cell; `--resume` then goes on, and measures again what was drawn with weights that have changed since.
+samples the packaged checkpoint, class-conditional and unguided, from the same noises and classes with every sampler of
+solver_error.py, on the grid that was its best there, and writes `benchmarks/results/quality.json`, `quality.md` and
+`quality.png`. The first is written after every cell; `--resume` then goes on, and measures again what was drawn with
+weights that have changed since.
 docs/benchmarks.md says what is measured.
 """
 
@@ -24,40 +25,47 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from genie_diffusers import GeniePipeline
-from genie_diffusers.cli import PACKAGED_MODEL, Pictures, Sampler, draw, load_pipeline, parse_samplers
+from genie_diffusers import GenieScheduler, GenieUNet2DModel
+from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.metrics import PACKAGED_CLASSIFIER, Estimate, QualityDistance, frechet_estimate
 from genie_diffusers.models.derivative_head import fingerprint
 
+sys.path.append(str(Path(__file__).parent))
+from solver_error import OWN, PEERS, Noises, in_batches, own, peer, run, sources_of
+
 RESULTS = Path(__file__).parent / "results"
 DISTANCES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
-#: as for `genie-diffusers compare`
-SAMPLERS = "ddim:trailing,deis:karras,dpm++:karras,unipc:uniform_lambda,genie-history,genie"
+SAMPLERS = ["DDIM", "DEIS-3", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC-2", "UniPC-3"]
+SAMPLERS += ["GENIE, head-free", "GENIE, tables alone", "GENIE, step head"]
 #: where all deterministic samplers converge to
-CONVERGED = Sampler("genie-history", "linear", 100)
+CONVERGED = ("GENIE, head-free", "uniform_lambda+", 100)
 
 Cells = dict[str, dict[str, Any]]
 
 
-def choose_pictures(pipe: GeniePipeline, num_samples: int, seed: int) -> Pictures:
-    """`num_samples` consecutive seeds with uniformly drawn classes, the null class left out."""
-    classes = pipe.unet.config.num_class_embeds
-    labels = None
-    if classes is not None:
-        labels = np.random.default_rng(seed).integers(classes - 1, size=num_samples).tolist()
-    return Pictures(labels, list(range(seed, seed + num_samples)), guidance=1.0)
+def choose_pictures(unet: GenieUNet2DModel, num_samples: int, seed: int) -> Noises:
+    """`num_samples` noises with uniformly drawn classes, the null class left out."""
+    generator = torch.Generator().manual_seed(seed)
+    size, classes = unet.config.sample_size, unet.config.num_class_embeds
+    noise = torch.randn((num_samples, unet.config.in_channels, size, size), generator=generator)
+    labels = None if classes is None else torch.randint(classes - 1, (num_samples,), generator=generator)
+    return Noises(noise, labels, None)
 
 
-def sample(pipe: GeniePipeline, config, sampler: Sampler, pictures: Pictures, batch_size: int):
-    """Pictures in [−1, 1] but for overshoots, the sampler's name for people, and its model calls."""
-    batches = []
-    for start in range(0, len(pictures.seeds), batch_size):
-        part = slice(start, start + batch_size)
-        labels = None if pictures.labels is None else pictures.labels[part]
-        batch = Pictures(labels, pictures.seeds[part], pictures.guidance)
-        label, latents, calls = draw(pipe, config, sampler, batch, clip_sample=False, thresholding=False)
-        batches.append(latents)
-    return torch.cat(batches), label, calls
+def sample(unet: GenieUNet2DModel, config, name: str, grid: str, calls: int, noises: Noises, batch_size: int):
+    """Pictures in [−1, 1] but for overshoots, and how often the model was called for them."""
+    sources, counted = sources_of(unet), []
+
+    def one_batch(batch: Noises) -> torch.Tensor:
+        scheduler = peer(name, config, grid, calls) if name in PEERS else own(name, config, grid, calls, sources)
+        return run(unet, scheduler, batch)
+
+    hook = unet.register_forward_pre_hook(lambda module, args: counted.append(None))
+    try:
+        pictures = in_batches(one_batch, noises, batch_size, unet.device)
+    finally:
+        hook.remove()
+    return pictures, len(counted) // -(-len(noises) // batch_size)
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
@@ -72,10 +80,9 @@ def from_json(entry: Mapping[str, Any]) -> Estimate:
     return Estimate(entry["value"], np.array(entry["replicates"]))
 
 
-def weights_used(pipe: GeniePipeline, sampler: Sampler) -> list[float]:
+def weights_used(unet: GenieUNet2DModel, name: str) -> list[float]:
     """Tells the weights apart that a cell was measured with."""
-    head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None
-    return fingerprint(pipe.unet) + ([] if head is None else fingerprint(head))
+    return fingerprint(unet) + (fingerprint(unet.derivative_head) if OWN.get(name, {}).get("source") else [])
 
 
 def comparisons(cells: Cells, steps: list[int]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Estimate]]]:
@@ -85,8 +92,8 @@ def comparisons(cells: Cells, steps: list[int]) -> list[tuple[dict[str, Any], di
         peers = [cell for cell in cells.values() if cell["calls"] == more_calls and not cell["own"]]
         for cell in cells.values():
             if cell["calls"] == calls and cell["own"] and peers:
-                peer = min(peers, key=lambda peer: peer["frechet_distance"]["value"])
-                pairs.append((cell, peer, {name: from_json(cell[name]) - from_json(peer[name]) for name in DISTANCES}))
+                best = min(peers, key=lambda other: other["frechet_distance"]["value"])
+                pairs.append((cell, best, {name: from_json(cell[name]) - from_json(best[name]) for name in DISTANCES}))
     return pairs
 
 
@@ -121,8 +128,8 @@ def write_tables(results: dict[str, Any], steps: list[int], path: Path):
         "| Sampler, calls | Peer, calls | " + " | ".join(f"{title}, difference" for title in DISTANCES.values()) + " |"
     ]
     lines += ["|---" * (2 + len(DISTANCES)) + "|"]
-    for cell, peer, differences in comparisons(cells, steps):
-        entries = [f"{entry['label']}, {entry['calls']}" for entry in (cell, peer)]
+    for *pair, differences in comparisons(cells, steps):
+        entries = [f"{cell['label']}, {cell['calls']}" for cell in pair]
         entries += [f"{x.value:.4f} ± {x.standard_error:.4f}" for x in differences.values()]
         lines += ["| " + " | ".join(entries) + " |"]
     path.write_text("\n".join(lines) + "\n")
@@ -154,10 +161,9 @@ def main(argv: list[str] | None = None):
         "--classifier", default=PACKAGED_CLASSIFIER, help="Folder with a classifier and its reference."
     )
     parser.add_argument("--model", default=PACKAGED_MODEL, help="Folder or Hub id of a pipeline.")
-    parser.add_argument(
-        "--samplers", default=SAMPLERS, help="NAME[:GRID][@STEPS], ... as for `genie-diffusers compare`."
-    )
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], help="For those without @STEPS.")
+    parser.add_argument("--samplers", nargs="+", choices=[*PEERS, *OWN], default=SAMPLERS, metavar="NAME")
+    parser.add_argument("--grids", type=Path, default=RESULTS / "solver_error.json", help="Where best grids are read.")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], help="Numbers of model calls.")
     parser.add_argument("--num_samples", type=int, help="Default: 2,000 on a CPU, 10,000 on an accelerator.")
     parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--seed", type=int, default=100_000, help="Of the first picture; the next one has the next.")
@@ -166,12 +172,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     num_samples = args.num_samples or (2_000 if args.device == "cpu" else 10_000)
-    samplers = parse_samplers(args.samplers, args.steps, None)
-
-    pipe = load_pipeline(args.model, None, args.device)
-    config = pipe.scheduler.config
+    chosen = json.loads(args.grids.read_text())["errors"]
+    unet = GenieUNet2DModel.from_pretrained(args.model, subfolder="unet").float().eval().to(args.device)
+    config = GenieScheduler.load_config(args.model, subfolder="scheduler")
     distance = QualityDistance.from_pretrained(args.classifier, args.device)
-    pictures = choose_pictures(pipe, num_samples, args.seed)
+    noises = choose_pictures(unet, num_samples, args.seed)
     settings = {
         "model": Path(args.model).name,
         "classifier": Path(args.classifier).name,
@@ -197,22 +202,27 @@ def main(argv: list[str] | None = None):
         floor = frechet_estimate(real, distance.reference.mean, distance.reference.covariance)
         results["real"] = {"frechet_distance": to_json(floor)}
 
-    def measure(sampler: Sampler, known: dict[str, Any] | None) -> dict[str, Any]:
-        weights = weights_used(pipe, sampler)
-        if known and known["weights"] == weights:
+    def measure(name: str, grid: str, calls: int, known: dict[str, Any] | None) -> dict[str, Any]:
+        weights = weights_used(unet, name)
+        if known and known["weights"] == weights and known["grid"] == grid:
             return known
-        images, label, calls = sample(pipe, config, sampler, pictures, args.batch_size)
+        images, counted = sample(unet, config, name, grid, calls, noises, args.batch_size)
         estimates = distance(images)
-        print(f"{label}, {calls} calls:", *(f"{name} {number(x)}" for name, x in estimates.items()), flush=True)
-        cell = {"label": label, "calls": calls, "own": sampler.name.startswith("genie"), "weights": weights}
-        return cell | {name: to_json(estimate) for name, estimate in estimates.items()}
+        print(f"{name}, {counted} calls:", *(f"{title} {number(x)}" for title, x in estimates.items()), flush=True)
+        cell = {"label": name, "calls": counted, "own": name in OWN, "grid": grid, "weights": weights}
+        return cell | {title: to_json(estimate) for title, estimate in estimates.items()}
 
-    keys = {f"{sampler.name}:{sampler.grid}@{sampler.steps}": sampler for sampler in samplers}
+    keys = {
+        f"{name}@{calls}": (name, chosen[name][str(calls)]["grid"], calls)
+        for name in args.samplers
+        for calls in args.steps
+        if str(calls) in chosen[name]
+    }
     results["cells"] = {key: earlier["cells"][key] for key in keys if key in earlier["cells"]}
-    for key, sampler in keys.items():
-        results["cells"][key] = measure(sampler, results["cells"].get(key))
+    for key, cell in keys.items():
+        results["cells"][key] = measure(*cell, results["cells"].get(key))
         write_json(results, path)
-    results["converged"] = measure(CONVERGED, results["converged"])
+    results["converged"] = measure(*CONVERGED, results["converged"])
     write_json(results, path)
     write_tables(results, args.steps, args.output_dir / "quality.md")
     plot(results, args.output_dir / "quality.png")

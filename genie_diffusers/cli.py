@@ -21,6 +21,7 @@ from . import (
     GenieScheduler,
     GenieUNet2DModel,
     QuasiTaylorScheduler,
+    StepHead,
     VariancePreserving,
 )
 from .schedulers.scheduling_utils import SIGMA_GRIDS
@@ -202,12 +203,14 @@ def info(model: Model = PACKAGED_MODEL, derivative_head: Head = None):
         "Prediction": config.get("prediction_type", "epsilon"),
         "Schedule": f"{betas}, {process.num_train_timesteps} timesteps, log(α/σ) from {ends[0]:.2f} to {ends[1]:.2f}",
         "Scheduler": type(pipe.scheduler).__name__,
-        "Derivative head": "none",
+        "Head": "none",
     }
     if head is not None:
         origin = "unknown" if head.config.fingerprint is None else "these" if head.matches(unet) else "other"
         size = f"width {head.config.width}, {head_size:,} parameters ({head_size / unet_size:.1%} of the UNet's)"
-        facts["Derivative head"] = f"{size}, distilled from {origin} weights"
+        facts["Head"] = f"{type(head).__name__}, {size}, distilled from {origin} weights"
+        if isinstance(head, StepHead):
+            facts["Tables"] = f"for {', '.join(sorted(head.config.tables, key=int))} model calls"
     for name, value in facts.items():
         typer.echo(f"{name:<17}{value}")
 
@@ -227,9 +230,11 @@ def load_pipeline(model: str, derivative_head: str | None, device: str | None) -
     if "beta_schedule" not in pipe.scheduler.config:
         raise ValueError(f"{model} has a {type(pipe.scheduler).__name__}, which has no `beta_schedule`.")
     if derivative_head is not None:
-        config = load_config(DerivativeHead, derivative_head, "derivative head")
-        if config.get("_class_name") != "DerivativeHead":
-            raise ValueError(f"{derivative_head} is a {config.get('_class_name')}, not a DerivativeHead.")
+        config = load_config(DerivativeHead, derivative_head, "head")
+        if config.get("_class_name") not in ("DerivativeHead", "StepHead"):
+            raise ValueError(
+                f"{derivative_head} is a {config.get('_class_name')}, neither a DerivativeHead nor a StepHead."
+            )
         pipe = GeniePipeline(GenieUNet2DModel.from_unet(pipe.unet, derivative_head), pipe.scheduler)
     try:
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -256,9 +261,11 @@ def draw(
     config = {key: value for key, value in config.items() if key in known and value is not None}
     pipe.scheduler = scheduler_class.from_config(config, **options, **grid_options(scheduler_class, sampler.grid))
     if scheduler_class is GenieScheduler:
-        with_head = sampler.name == "genie" and getattr(pipe.unet, "derivative_head", None) is not None
-        pipe.scheduler.attach(pipe.unet if with_head else None)
-        notes.insert(0, "head" if with_head else "history")
+        head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None
+        if isinstance(head, StepHead) and sampler.grid:
+            raise ValueError("A step head has timesteps of its own: leave out the grid, or use genie-history.")
+        pipe.scheduler.attach(None if head is None else pipe.unet)
+        notes.insert(0, "history" if head is None else "step head" if isinstance(head, StepHead) else "head")
     label += f" ({', '.join(notes)})" if notes else ""
     pipe.set_progress_bar_config(desc=label, leave=False, disable=None)
     calls: list[None] = []

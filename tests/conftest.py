@@ -43,12 +43,12 @@ class GaussianMixture:
         return torch.func.jvp(self.noise_prediction_at, point, direction)[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mixture() -> GaussianMixture:
     return GaussianMixture()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def slope_source(mixture):
     """Builds the exact slope source of the mixture for a scheduler; it records the keyword arguments of its calls."""
 
@@ -65,7 +65,7 @@ def slope_source(mixture):
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(mixture):
     """Samples with the exact denoiser in the scheduler's `prediction_type`, the way a pipeline does."""
 
@@ -83,7 +83,7 @@ def run(mixture):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def noise():
     """Standard normal noise in float64 from a seed."""
 

@@ -277,7 +277,13 @@ def fit_tables(unet, scheduler_config: dict, args: argparse.Namespace, device: t
             )
             candidates.append((error, grid, table))
         error, grid, table = min(candidates, key=lambda candidate: candidate[0])
-        logger.info(f"{steps} model calls: relative error {error:.4f} on the grid {grid}")
+        held_out = noises[args.fit_trajectories :]
+        drawn = drawn_by(unet, solver_of(scheduler_config, time_grid="uniform_lambda"), steps, held_out, args, device)
+        plain = float(relative_error(drawn, trajectories.at(np.inf)[args.fit_trajectories :]).mean())
+        logger.info(f"{steps} model calls: relative error {error:.4f} on the grid {grid}, without a table {plain:.4f}")
+        if error > plain and steps not in args.head_steps:
+            logger.info(f"No table for {steps} model calls: the solver is better without.")
+            continue
         if steps not in args.head_steps:
             table["residuals"] = [0.0] * steps
         tables[str(steps)] = table
@@ -370,7 +376,8 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(accelerator, args, first_step)
     logger.info(
         f"A head of {head.num_parameters():,} parameters on a UNet of "
-        f"{unet.num_parameters() - head.num_parameters():,}, {total_batch_size(args, accelerator)} paths a step, steps {first_step + 1} to {args.max_train_steps}"
+        f"{unet.num_parameters() - head.num_parameters():,}, {total_batch_size(args, accelerator)} paths a step, "
+        f"steps {first_step + 1} to {args.max_train_steps}"
     )
     # What the tables alone miss is the unit of the loss, so that every number of model calls counts the same.
     alone = solver_of(scheduler_config)
@@ -397,9 +404,9 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.autocast():
                 drawn = solve(unet, scheduler, steps, train[name][own].to(device))
             errors = relative_error(drawn.float(), pictures[name][own].to(device))
-            loss = errors.square().mean() / units[steps, name] / args.gradient_accumulation_steps
-            accelerator.backward(loss)
-            step_loss += loss.detach()
+            loss = errors.square().mean() / units[steps, name]
+            accelerator.backward(loss)  # which divides by the number of accumulated batches
+            step_loss += loss.detach() / args.gradient_accumulation_steps
         for parameter in head.parameters():
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         accelerator.clip_grad_norm_(head.parameters(), args.max_grad_norm)

@@ -138,9 +138,10 @@ class StepHead(UNetHead):
         if history_slope is None:
             history_slope = torch.zeros_like(sample)
         # The slope's size varies a hundredfold over a run; what it looks like is what can be used.
-        size = history_slope.float().square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).rsqrt()
+        slope = history_slope.float()
+        slope = slope * slope.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).rsqrt()
         data = (sample - sigma * noise_prediction) / alpha
-        inputs = torch.cat([data, noise_prediction, history_slope * size.to(sample.dtype)], dim=1)
+        inputs = torch.cat([data, noise_prediction, slope.to(sample.dtype)], dim=1)
         length = min(step, LONGEST_STEP)
         lengths = [
             time_embedding.new_full((len(time_embedding), 1), f) for f in (length / LONGEST_STEP, math.log(length))

@@ -9,9 +9,10 @@ from .scheduling_utils import Row, TableScheduler
 
 METHODS = ("hermite", "taylor")
 
-#: Steps in λ from this length on are too long for a polynomial through several points: at order three, and with the
-#: exact kernel, extrapolation overshoots at the noisy end, where a prediction changes least predictably.
+#: Steps in λ from this length on are long: a polynomial through several points no longer follows the prediction.
 LONG_STEP = 0.75
+#: Near pure noise, below this λ, predictions change least predictably, and steps of this length are straight.
+NEARLY_NOISE, VERY_LONG_STEP = -2.5, 1.5
 
 
 class GenieScheduler(TableScheduler):
@@ -84,7 +85,7 @@ class GenieScheduler(TableScheduler):
             The solver: `"hermite"` or `"taylor"`.
         interpolation_order (`int`, defaults to 3):
             Order of the predictor of `method="hermite"`, 1 to 4; lower while less is known. Steps of 0.75 or more in
-            λ use at most order 2.
+            λ are at most of order 2, and where λ < −2.5 those of 1.5 or more of order 1.
         analytical_first_step (`bool`, defaults to `False`):
             Take a first step with ε(x_T) := x_T, which needs no model call. It happens inside `init_noise_sigma`,
             before the first of the `num_inference_steps`; pipelines that ignore `init_noise_sigma`
@@ -141,8 +142,9 @@ class GenieScheduler(TableScheduler):
 
     @property
     def _follows_table(self) -> bool:
-        """Learned rows need the history they were learned with: they hold for runs from the first step."""
-        return bool(self._learned) and self._built_for == 0
+        """Learned rows need their source, and the history they were learned with: that of a whole run."""
+        own = self._learned == self.learned_table(self.num_inference_steps)
+        return bool(self._learned) and own and self._built_for == 0
 
     @property
     def _has_slopes(self) -> bool:
@@ -161,6 +163,8 @@ class GenieScheduler(TableScheduler):
         if self.noise_stds[index + 1] == 0:  # the step to clean data is D itself
             return {("prediction", 0): 1.0}
         order = min(self.config.interpolation_order, 2 if self._is_long(index) else 4)
+        if self.lambdas[index] < NEARLY_NOISE and self.lambdas[index + 1] - self.lambdas[index] >= VERY_LONG_STEP:
+            order = 1
         points = range(index, index - known, -1)
         kinds = ("prediction", "slope") if self._has_slopes else ("prediction",)
         conditions = [(what, point) for point in points for what in kinds][:order]
@@ -191,7 +195,8 @@ class GenieScheduler(TableScheduler):
         derivatives = [int(what == "slope") for what, _ in conditions]
         step = self.lambdas[start + 1] - self.lambdas[start]
         moments = exponential_moments(step, len(nodes), rate=1.0)
-        if self._is_long(start):  # the kernel's mean, as B₂(h) of UniPC: what changes along the step counts for less
+        if self._is_long(start) and self.lambdas[start] < 0:
+            # The kernel's mean, as B₂(h) of UniPC: what is extrapolated to the end of the step counts for less.
             moments = moments[0] / step * polynomial_moments(step, len(nodes))
         weights = interpolation_weights(nodes, derivatives, moments)
         weights *= self.noise_stds[start + 1] * np.exp(self.lambdas[start])

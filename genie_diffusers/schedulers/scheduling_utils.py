@@ -467,14 +467,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             prediction = data if self.data_form else self._apply("data_to_noise", index, clipped)
         else:
             prediction = self._apply("to_data" if self.data_form else "to_noise", index, given)
+        # A source knows the prediction of its model, not the clipped one.
+        noise = self._apply("to_noise", index, given) if self._sloped & {index, index + 1} else None
         slope = None
         if index in self._sloped:
-            # A source knows the prediction of its model, not the clipped one.
-            slope = self._slope(sample, self._apply("to_noise", index, given), index)
+            slope = self._slope(sample, noise, index)
             # Where x_0 is held at a limit, dx_0/dλ = 0, and with it dε/dλ = −(α/σ) dx_0/dλ. Where thresholding
             # rescales a whole sample the slope is left out too.
             if self._clips:
                 slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
+        self._previous_noise = noise
         self._predictions.appendleft(prediction)
         self._slopes.appendleft(slope)
 
@@ -482,7 +484,6 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         history_slope = None
         if self._previous_noise is not None:
             history_slope = (noise - self._previous_noise) / float(self.lambdas[index] - self.lambdas[index - 1])
-        self._previous_noise = noise
         slope = self._slope_source(
             sample,
             noise.to(sample.dtype),

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 import quality
-from genie_diffusers import ImageClassifier
-from genie_diffusers.cli import PACKAGED_MODEL, Sampler, load_pipeline
+from genie_diffusers import GenieScheduler, GenieUNet2DModel, ImageClassifier
+from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.metrics import ReferenceFeatures
 
-ARGUMENTS = ["--samplers", "ddim,genie", "--steps", "2", "3", "--num_samples", "100", "--device", "cpu"]
-
-
-CONVERGED = Sampler("genie-history", "linear", 4)
+OURS = "GENIE, step head"
+ARGUMENTS = ["--samplers", "DDIM", OURS, "--steps", "2", "3", "--num_samples", "100", "--device", "cpu"]
+CONVERGED = ("GENIE, head-free", "linear+", 4)
+GRIDS = {"DDIM": {"2": {"grid": "linear-"}, "3": {"grid": "karras+"}}, OURS: {n: {"grid": "default"} for n in "23"}}
+CELLS = [("DDIM", "linear-", 2), ("DDIM", "karras+", 3), (OURS, "default", 2), (OURS, "default", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +30,23 @@ def results(tmp_path_factory):
     return folder, drawn
 
 
-def run(folder, drawn: list[Sampler], patch, *arguments):
+def run(folder, drawn: list[tuple], patch, *arguments):
     sample = quality.sample
 
-    def recording(pipe, config, sampler, *rest):
-        drawn.append(sampler)
-        return sample(pipe, config, sampler, *rest)
+    def recording(unet, config, name, grid, calls, *rest):
+        drawn.append((name, grid, calls))
+        return sample(unet, config, name, grid, calls, *rest)
 
     patch.setattr(quality, "CONVERGED", CONVERGED)
     patch.setattr(quality, "sample", recording)
-    quality.main([*ARGUMENTS, "--classifier", str(folder), "--output_dir", str(folder), *arguments])
+    (folder / "grids.json").write_text(json.dumps({"errors": GRIDS}))
+    folders = ["--classifier", str(folder), "--output_dir", str(folder), "--grids", str(folder / "grids.json")]
+    quality.main([*ARGUMENTS, *folders, *arguments])
 
 
 def test_every_cell_is_measured_once_at_its_number_of_calls(results):
     folder, drawn = results
-    assert drawn == [Sampler(name, None, n) for name in ("ddim", "genie") for n in (2, 3)] + [CONVERGED]
+    assert drawn == [*CELLS, CONVERGED]
     written = json.loads((folder / "quality.json").read_text())
     assert [cell["calls"] for cell in written["cells"].values()] == [2, 3, 2, 3]
     assert [cell["own"] for cell in written["cells"].values()] == [False, False, True, True]
@@ -58,9 +61,9 @@ def test_tables_and_comparison_show_the_measured_numbers(results):
     folder, _ = results
     cells = json.loads((folder / "quality.json").read_text())["cells"]
     tables = (folder / "quality.md").read_text()
-    first, other = cells["genie:None@2"]["frechet_distance"], cells["ddim:None@3"]["frechet_distance"]
-    assert f"| GENIE (head) | {first['value']:.3f} ± {first['standard_error']:.3f} |" in tables
-    assert f"| GENIE (head), 2 | DDIM, 3 | {first['value'] - other['value']:.4f} ± " in tables
+    first, other = cells[f"{OURS}@2"]["frechet_distance"], cells["DDIM@3"]["frechet_distance"]
+    assert f"| {OURS} | {first['value']:.3f} ± {first['standard_error']:.3f} |" in tables
+    assert f"| {OURS}, 2 | DDIM, 3 | {first['value'] - other['value']:.4f} ± " in tables
     assert (folder / "quality.png").stat().st_size > 0
 
 
@@ -69,11 +72,11 @@ def test_resumed_run_measures_only_what_changed(results, monkeypatch):
     path = folder / "quality.json"
     before = path.read_text()
     changed = json.loads(before)
-    changed["cells"]["genie:None@3"]["weights"][-1] += 1.0
+    changed["cells"][f"{OURS}@3"]["weights"][-1] += 1.0
     path.write_text(json.dumps(changed))
-    drawn: list[Sampler] = []
+    drawn: list[tuple] = []
     run(folder, drawn, monkeypatch, "--resume")
-    assert drawn == [Sampler("genie", None, 3)]
+    assert drawn == [(OURS, "default", 3)]
     written, before = json.loads(path.read_text()), json.loads(before)
     assert written.pop("command") == before.pop("command") + " --resume"
     assert written == before
@@ -82,13 +85,14 @@ def test_resumed_run_measures_only_what_changed(results, monkeypatch):
 def test_resumed_run_with_other_settings_is_an_error(results):
     folder, _ = results
     with pytest.raises(ValueError, match=r"`--resume` needs the settings of quality\.json"):
-        quality.main([*ARGUMENTS, "--classifier", str(folder), "--output_dir", str(folder), "--resume", "--seed", "1"])
+        run(folder, [], pytest.MonkeyPatch(), "--resume", "--seed", "1")
 
 
 def test_pictures_do_not_depend_on_the_batch_size():
-    pipe = load_pipeline(PACKAGED_MODEL, None, "cpu")
-    pictures = quality.choose_pictures(pipe, 7, seed=3)
-    assert set(pictures.labels) <= set(range(10)) and pictures.seeds == list(range(3, 10))
-    config, sampler = pipe.scheduler.config, Sampler("ddpm", None, 2)  # draws noise in every step
-    images = [quality.sample(pipe, config, sampler, pictures, batch_size)[0] for batch_size in (7, 3)]
-    assert torch.allclose(*images, atol=1e-4)
+    unet = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
+    config = GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")
+    noises = quality.choose_pictures(unet, 7, seed=3)
+    assert set(noises.labels.tolist()) <= set(range(10))
+    for name in ("DDIM", OURS):
+        images = [quality.sample(unet, config, name, "default", 2, noises, batch_size)[0] for batch_size in (7, 3)]
+        assert torch.allclose(*images, atol=1e-4)

@@ -179,7 +179,7 @@ def test_the_model_is_left_as_it_was_when_differentiation_fails(unet, process, n
 def test_a_scheduler_with_an_exact_slope_takes_the_taylor_step(unet, noise):
     """x̄ + h ε + ½ h² dε/dγ with dε/dγ = −(1/γ) dε/dλ."""
     model, x = unet(), noise(2, 2, 8, 8)
-    scheduler = GenieScheduler()
+    scheduler = GenieScheduler(method="taylor")
     source = ExactSlope(model)
     scheduler.attach(source)
     scheduler.set_timesteps(5)

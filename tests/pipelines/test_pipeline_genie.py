@@ -133,7 +133,8 @@ def test_guidance_scale_one_is_no_guidance_on_half_the_batch(class_pipe):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_head_is_attached_when_the_pipeline_is_built_and_follows_the_guided_path(head_pipe, guidance_scale):
+def test_head_is_attached_when_the_pipeline_is_built_and_follows_the_guided_path(make_genie_unet, guidance_scale):
+    head_pipe = quiet(GeniePipeline(make_genie_unet(num_class_embeds=4), GenieScheduler(method="taylor")))
     options = {"class_labels": [1, 0], "latents": noise(2), "num_inference_steps": 4, "output_type": "latent"}
     images = head_pipe(guidance_scale=guidance_scale, **options).images
 

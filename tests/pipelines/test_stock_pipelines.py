@@ -264,13 +264,18 @@ def test_stable_diffusion_agrees_with_ddim_by_quasi_taylor(stable_diffusion):
     assert distances[2] < 0.002
 
 
-def test_exact_slopes_bring_stable_diffusion_closer_to_the_solution(stable_diffusion):
+def test_exact_slopes_and_the_data_form_bring_stable_diffusion_closer_to_the_solution(stable_diffusion):
     pipe = stable_diffusion()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     solution = draw(pipe, "text-to-image", 150)
-    plain = latent_distance(draw(stable_diffusion(), "text-to-image", 8), solution)
-    exact = latent_distance(draw(stable_diffusion(source="exact"), "text-to-image", 8), solution)
-    assert exact < 0.9 * plain
+
+    def distance(method, source):
+        pipe = stable_diffusion(source=source, method=method)
+        return latent_distance(draw(pipe, "text-to-image", 8), solution)
+
+    assert distance("taylor", "exact") < 0.9 * distance("taylor", None)
+    for source in (None, "exact"):
+        assert distance("hermite", source) < 0.8 * distance("taylor", source)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -313,7 +318,7 @@ def test_exact_slope_is_that_of_the_guided_prediction(stable_diffusion, predicti
         alpha, sigma = level(t)
         return output if prediction_type == "epsilon" else alpha * output + sigma * sample
 
-    assert len(seen) == 3  # the last of the four steps is to clean data and needs none
+    assert len(seen) == 4
     for sample, noise_prediction, t, slope in seen:
         _, sigma = level(t)
         velocity = sigma**2 * sample - sigma * noise_prediction

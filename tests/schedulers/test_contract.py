@@ -3,6 +3,7 @@
 import inspect
 import json
 import weakref
+from collections import defaultdict
 
 import diffusers
 import numpy as np
@@ -22,6 +23,7 @@ SHAPE = (2, 3, 4, 4)
 #: scheduler → its class, and the options that make it
 SCHEDULERS = {
     "genie": (GenieScheduler, {}),
+    "genie-taylor": (GenieScheduler, {"method": "taylor"}),
     "quasi-taylor": (QuasiTaylorScheduler, {}),
     "quasi-taylor-sde": (QuasiTaylorScheduler, {"method": "sde", "taylor_order": 3}),
 }
@@ -32,7 +34,8 @@ def kinds(*names: str):
     return pytest.mark.parametrize("kind", names or SCHEDULERS)
 
 
-every_kind, deterministic = kinds(), kinds("genie", "quasi-taylor")
+every_kind, deterministic = kinds(), kinds("genie", "genie-taylor", "quasi-taylor")
+every_class = kinds("genie", "quasi-taylor")
 
 
 def make(kind: str, **config):
@@ -154,9 +157,8 @@ OUR_VALUES = {
     "analytical_first_step": True,
 }
 OUR_OWN_VALUES = {
-    "genie": {"method": "taylor"},
-    "quasi-taylor": {"method": "ode", "taylor_order": 1},
-    "quasi-taylor-sde": {"method": "sde", "taylor_order": 3},
+    "genie": {"method": "taylor", "interpolation_order": 2, "denoising_step": True},
+    "quasi-taylor": {"method": "sde", "taylor_order": 3},
 }
 
 
@@ -169,7 +171,7 @@ def diffusers_scheduler(name: str):
 every_diffusers_scheduler = pytest.mark.parametrize("name", [member.name for member in KarrasDiffusionSchedulers])
 
 
-@every_kind
+@every_class
 @every_diffusers_scheduler
 def test_a_config_of_diffusers_runs_here_and_survives_the_way_back(kind, name):
     cls = diffusers_scheduler(name)
@@ -186,7 +188,7 @@ def test_a_config_of_diffusers_runs_here_and_survives_the_way_back(kind, name):
     torch.testing.assert_close(run_from_config(back), run_from_config(theirs), rtol=0, atol=0)
 
 
-@every_kind
+@every_class
 @every_diffusers_scheduler
 def test_our_config_runs_in_diffusers_and_survives_the_way_back(kind, name):
     values = OUR_VALUES | OUR_OWN_VALUES[kind]
@@ -198,7 +200,7 @@ def test_our_config_runs_in_diffusers_and_survives_the_way_back(kind, name):
     torch.testing.assert_close(run_from_config(back), run_from_config(ours), rtol=0, atol=0)
 
 
-@every_kind
+@every_class
 @every_diffusers_scheduler
 def test_our_defaults_run_in_diffusers_after_saving_and_loading(kind, name, tmp_path):
     make(kind).save_pretrained(tmp_path)
@@ -206,7 +208,7 @@ def test_our_defaults_run_in_diffusers_after_saving_and_loading(kind, name, tmp_
     assert torch.isfinite(run_from_config(theirs)).all()
 
 
-@every_kind
+@every_class
 def test_keys_of_our_own_are_no_keys_of_diffusers(kind):
     own = {"time_grid", "analytical_first_step", "continuous", *OUR_OWN_VALUES[kind]}
     assert own <= set(make(kind).config)
@@ -216,7 +218,7 @@ def test_keys_of_our_own_are_no_keys_of_diffusers(kind):
             assert not taken, f"{name} has {taken}"
 
 
-@every_kind
+@every_class
 def test_every_diffusers_scheduler_is_named_as_an_alternative(kind):
     named = {cls.__name__ for cls in make(kind).compatibles}
     assert named >= {member.name for member in KarrasDiffusionSchedulers}
@@ -229,7 +231,7 @@ def test_unknown_keys_pass_through_both_ways():
     assert GenieScheduler.from_config(theirs.config).config["a_key_of_tomorrow"] == 3
 
 
-@every_kind
+@every_class
 def test_saved_scheduler_loads_the_same(kind, tmp_path):
     saved = make(kind, **OUR_VALUES | OUR_OWN_VALUES[kind])
     saved.save_pretrained(tmp_path)
@@ -287,6 +289,9 @@ def rewrite_by_registering(scheduler, key, value):
         ("final_sigmas_type", "sigma_min"),
         ("use_karras_sigmas", True),
         ("time_grid", "quadratic"),
+        ("denoising_step", True),
+        ("method", "taylor"),
+        ("interpolation_order", 1),
         ("analytical_first_step", True),
         ("continuous", True),
     ],
@@ -295,6 +300,8 @@ def test_set_timesteps_uses_the_configuration_as_it_is_now(rewrite, key, value):
     initial = {"timestep_spacing": "linspace" if key == "continuous" else "leading"}
     if key == "clip_sample_range":
         initial["clip_sample"] = True
+    if key == "denoising_step":
+        initial["time_grid"] = "quadratic"
     scheduler = GenieScheduler(**initial)
     before = run_from_config(scheduler)
     rewrite(scheduler, key, value)
@@ -313,7 +320,7 @@ def ready(num_inference_steps: int = 5, kind: str = "genie", **config):
     return scheduler
 
 
-@every_kind
+@every_class
 def test_signatures_are_those_pipelines_inspect(kind):
     step = inspect.signature(SCHEDULERS[kind][0].step).parameters
     assert list(step)[1:4] == ["model_output", "timestep", "sample"]
@@ -507,7 +514,7 @@ def test_analytical_first_step_needs_room_above_custom_timesteps():
 def test_unknown_option_is_an_error_that_names_it_and_the_choices(key):
     choices = {
         "prediction_type": PREDICTION_TYPES,
-        "method": ("taylor",),
+        "method": ("hermite", "taylor"),
         "time_grid": ("linear", "quadratic", "uniform_lambda", "karras", "beta", "linspace", "leading", "trailing"),
         "timestep_spacing": ("linspace", "leading", "trailing"),
         "final_sigmas_type": ("zero", "sigma_min"),
@@ -620,23 +627,26 @@ def test_a_slope_of_another_shape_is_an_error():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+#: how timesteps are chosen
+GRIDS = [
+    {"timestep_spacing": "linspace"},
+    {"final_sigmas_type": "sigma_min", "time_grid": "karras"},
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"time_grid": "quadratic"},
+    {"time_grid": "linear", "denoising_step": True},
+    {"analytical_first_step": True},
+]
+
+
 @pytest.mark.parametrize(
-    "grid",
-    [
-        {"timestep_spacing": "linspace"},
-        {"timestep_spacing": "leading", "steps_offset": 1},
-        {"timestep_spacing": "trailing"},
-        {"use_karras_sigmas": True},
-        {"use_exponential_sigmas": True},
-        {"use_beta_sigmas": True},
-        {"use_lu_lambdas": True},
-        {"time_grid": "quadratic"},
-        {"time_grid": "linear"},
-        {"final_sigmas_type": "sigma_min", "time_grid": "karras"},
-        {"analytical_first_step": True},
-    ],
-    ids=lambda grid: "-".join(map(str, grid.values())),
+    "kind, grid",
+    [(kind, grid) for kind in SCHEDULERS for grid in (GRIDS if kind == "genie" else GRIDS[:2])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 25, 50, 99, 334, 500, 501, 999, 1000])
 def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(kind, count, grid):
@@ -652,7 +662,7 @@ def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(kind, coun
     x = run(scheduler, 0.7 * start_alpha + start_sigma * z, one_point)
     if grid.get("final_sigmas_type") != "sigma_min":
         torch.testing.assert_close(x, torch.full_like(x, 0.7), rtol=0, atol=1e-7)
-    elif kind == "genie":  # the others are exact for one point at clean data only
+    elif kind.startswith("genie"):  # the others are exact for one point at clean data only
         alpha, sigma = alpha_sigma(0)
         torch.testing.assert_close(x, 0.7 * alpha + sigma * z, rtol=0, atol=1e-7)
     assert torch.isfinite(x).all()
@@ -729,7 +739,7 @@ def test_begin_index_abandons_a_run_under_way(kind):
 
 
 def test_start_mid_way_begins_at_first_order_and_goes_on_at_second():
-    scheduler = ready(10)
+    scheduler = ready(10, "genie-taylor")
     t_0, t_1, t_2 = scheduler.timesteps[4:7]
     (alpha_0, sigma_0), (alpha_1, sigma_1), (alpha_2, sigma_2) = map(alpha_sigma, (t_0, t_1, t_2))
     gamma_0, gamma_1, gamma_2 = sigma_0 / alpha_0, sigma_1 / alpha_1, sigma_2 / alpha_2
@@ -749,7 +759,7 @@ def test_start_mid_way_begins_at_first_order_and_goes_on_at_second():
 
 
 def test_slope_source_replaces_the_history():
-    scheduler, source = ready(4), ConstantSlope()
+    scheduler, source = ready(4, "genie-taylor"), ConstantSlope()
     scheduler.attach(source)
     x = noise()
     levels = [alpha_sigma(t) for t in scheduler.timesteps] + [(1.0, 0.0)]
@@ -793,11 +803,13 @@ def test_an_edit_of_the_sample_changes_the_next_one_by_the_linear_response_only(
         t = scheduler.timesteps[index]
         generator = torch.Generator().manual_seed(1)
         after.append(scheduler.step(denoise(before, t), t, before + edit, generator).prev_sample)
-    # The edit moves x̄, and ε as converted from the model's output, which is what it was.
-    _, sigma = alpha_sigma(t)
+    # The edit moves the sample, and the prediction as converted from the model's output, which is what it was.
+    alpha, sigma = alpha_sigma(t)
     of_noise = {"epsilon": 0.0, "sample": 1 / sigma, "v_prediction": sigma}[prediction_type]
-    weights = scheduler.table[index]
-    response = weights["sample", 0] + weights["prediction", 0] * of_noise
+    of_data = {"epsilon": 1 / alpha, "sample": 0.0, "v_prediction": alpha}[prediction_type]
+    row, correction = (defaultdict(float, rows[index]) for rows in (scheduler.table, scheduler.corrections))
+    of_prediction = row["prediction", 0] + row["sample", 0] * correction["prediction", 0]
+    response = row["sample", 0] + of_prediction * (of_data if scheduler.data_form else of_noise)
     torch.testing.assert_close(after[1] - after[0], response * delta)
 
 
@@ -856,7 +868,7 @@ def threshold(data):
     ids=["clip_sample", "thresholding"],
 )
 def test_clipping_is_that_of_the_predicted_data(config, clipped, prediction_type):
-    scheduler = ready(4, prediction_type=prediction_type, **config)
+    scheduler = ready(4, "genie-taylor", prediction_type=prediction_type, **config)
     scales = torch.tensor([0.5, 3.0], dtype=torch.float64).reshape(2, 1, 1, 1)  # the samples have their own scales
     x, history = noise(), []
     levels = [alpha_sigma(t) for t in scheduler.timesteps] + [(1.0, 0.0)]
@@ -978,8 +990,9 @@ def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(kind, sched
     assert (ends[0] - ends[1]).norm() < rounding * ends[1].norm()
 
 
-def test_a_source_is_told_the_slope_that_the_history_knows():
-    scheduler = GenieScheduler(time_grid="uniform_lambda")
+@pytest.mark.parametrize("method, slopes", [("hermite", 4), ("taylor", 3)])
+def test_a_source_is_told_the_slope_that_the_history_knows(method, slopes):
+    scheduler = GenieScheduler(time_grid="uniform_lambda", method=method)
     told = []
 
     def source(sample, noise_prediction, timestep, *, step, history_slope):
@@ -992,8 +1005,9 @@ def test_a_source_is_told_the_slope_that_the_history_knows():
         outputs = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
             scheduler.step(output, timestep, torch.ones_like(output))
-        assert told[0] is None and len(told) == 3  # no slope is needed for the step to clean data
-        for index in (1, 2):
+        # the step to clean data needs none, but the corrector of the one before does
+        assert told[0] is None and len(told) == slopes
+        for index in range(1, slopes):
             width = scheduler.lambdas[index] - scheduler.lambdas[index - 1]
             torch.testing.assert_close(told[index], (outputs[index] - outputs[index - 1]) / width)
         told.clear()

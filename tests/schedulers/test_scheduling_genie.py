@@ -73,8 +73,10 @@ def test_the_published_sampler_is_reproduced(
 ):
     published = PublishedSampler(mixture, steps, striding, analytical_first_step, denoising)
     scheduler = GenieScheduler(
+        method="taylor",
         continuous=True,
         time_grid=striding,
+        denoising_step=True,
         analytical_first_step=analytical_first_step,
         final_sigmas_type="zero" if denoising else "sigma_min",
     )
@@ -107,7 +109,7 @@ def test_a_slope_source_is_told_the_step_in_log_snr(run, noise, slope_source):
 
 
 def test_without_a_source_it_is_adams_bashforth_in_gamma(mixture, run, noise):
-    scheduler = GenieScheduler(time_grid="quadratic")
+    scheduler = GenieScheduler(method="taylor", time_grid="quadratic")
     scheduler.set_timesteps(7)
     gammas = scheduler.sigmas.tolist()
     x_bar, previous, old_step = noise(5, 2) * math.sqrt(1 + gammas[0] ** 2), None, None
@@ -156,7 +158,7 @@ def test_the_first_step_without_a_source_is_that_of_ddim(noise, prediction_type,
 def test_without_derivatives_and_history_it_is_ddim_at_every_step(run, noise, prediction_type):
     theirs = ddim(prediction_type)
     theirs.set_timesteps(10)
-    ours = FirstOrderScheduler(prediction_type=prediction_type)
+    ours = FirstOrderScheduler(method="taylor", prediction_type=prediction_type)
     ours.set_timesteps(timesteps=theirs.timesteps.tolist())
     theirs.sigmas = ours.sigmas  # which the exact denoiser reads
     torch.testing.assert_close(run(ours, noise(5, 2)), run(theirs, noise(5, 2)), rtol=1e-9, atol=1e-9)

@@ -273,7 +273,7 @@ def test_the_ode_draws_nothing():
 
 
 def test_a_wrong_number_of_generators_is_an_error():
-    with pytest.raises(ValueError, match="`generator` must be one generator or one for each of the 4 samples, got 3"):
+    with pytest.raises(ValueError, match="`generator` must be one generator or one for each of 4 samples, got 3"):
         run(QuasiTaylorScheduler(method="sde"), torch.ones(4, 2), seeded(0, 1, 2))
 
 
@@ -302,9 +302,9 @@ def test_methods_of_other_schedulers_of_this_package_stay_behind():
     genie, ours = GenieScheduler(method="taylor", beta_end=0.01), QuasiTaylorScheduler(method="sde", beta_end=0.01)
     there, back = QuasiTaylorScheduler.from_config(genie.config), GenieScheduler.from_config(ours.config)
     assert (there.config.method, there.config.beta_end) == ("ode", 0.01)
-    assert (back.config.method, back.config.beta_end) == ("taylor", 0.01)
+    assert (back.config.method, back.config.beta_end) == ("hermite", 0.01)
     by_way_of_ddim = DDIMScheduler.from_config(ours.config)
     assert QuasiTaylorScheduler.from_config(by_way_of_ddim.config).config.method == "sde"
-    assert GenieScheduler.from_config(by_way_of_ddim.config).config.method == "taylor"
+    assert GenieScheduler.from_config(by_way_of_ddim.config).config.method == "hermite"
     with pytest.raises(ValueError, match="'taylor'"):
         QuasiTaylorScheduler.from_config(ours.config, method="taylor").set_timesteps(5)

@@ -157,8 +157,25 @@ def test_time_grid_takes_precedence_over_flags_and_flags_over_spacing():
 
     spacing = {"timestep_spacing": "trailing"}
     karras = {"use_karras_sigmas": True, **spacing}
-    assert timesteps(**karras) == timesteps(time_grid="karras") != timesteps(**spacing)
+    assert timesteps(**karras) == timesteps(time_grid="karras", denoising_step=True) != timesteps(**spacing)
     assert timesteps(time_grid="quadratic", **karras) == timesteps(time_grid="quadratic") != timesteps(**karras)
+
+
+@pytest.mark.parametrize("grid", TIME_GRIDS)
+@pytest.mark.parametrize("process", [{}, {"continuous": True}], ids=["discrete", "continuous"])
+def test_the_last_model_call_is_at_the_smallest_timestep_only_for_a_denoising_step(grid, process):
+    def timesteps(count, **config):
+        scheduler = GenieScheduler(time_grid=grid, **process, **config)
+        scheduler.set_timesteps(count)
+        assert scheduler.sigmas[-1] == (0 if "final_sigmas_type" not in config else scheduler.sigmas.min())
+        return scheduler.timesteps.tolist()
+
+    with_step = timesteps(8, denoising_step=True)
+    assert with_step[-1] == pytest.approx(VariancePreserving.from_config(process).timestep_min, rel=1e-6)
+    assert timesteps(7) == with_step[:-1]
+    # a noisy end is where the denoising step would be
+    assert timesteps(7, final_sigmas_type="sigma_min") == with_step[:-1]
+    assert timesteps(7, final_sigmas_type="sigma_min", denoising_step=True) == with_step[:-1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,290 @@
+"""
+How far each solver lands from the converged solution of the same network's ODE, at equal numbers of model calls.
+
+    python benchmarks/solver_error.py
+
+draws from the packaged checkpoint, class-conditional and unguided, with every solver on every grid, chooses each
+solver's best grid for each number of calls on one set of noises, and states the error on another. Writes
+`benchmarks/results/solver_error.json`, `solver_error.md` and `solver_error.png`; docs/benchmarks.md says what is
+measured.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from matplotlib.figure import Figure
+
+from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel
+from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.schedulers.time_grids import distinct_integers, time_grid
+
+ROOT = Path(__file__).parent
+sys.path.append(str(ROOT.parent / "training"))
+from train_step_head import (  # noqa: E402
+    Noises,
+    TablesAlone,
+    draw,
+    in_batches,
+    predict,
+    relative_error,
+    solver_of,
+)
+
+HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
+#: 0.0002 from the solution with all 1000 timesteps
+REFERENCE_CALLS = 400
+#: the checkpoint's own timesteps, and grids that end with a call at the smallest timestep or (−) one step before it
+GRIDS = ("default", *(f"{name}{end}" for name in ("uniform_lambda", "quadratic", "karras", "linear") for end in "+-"))
+
+PEERS: dict[str, Callable] = {
+    "DDIM": lambda config: DPMSolverMultistepScheduler.from_config(config, solver_order=1),
+    "DEIS-3": lambda config: DEISMultistepScheduler.from_config(config, solver_order=3),
+    "DPM-Solver++(2M)": lambda config: DPMSolverMultistepScheduler.from_config(config, solver_order=2),
+    "DPM-Solver++(3M)": lambda config: DPMSolverMultistepScheduler.from_config(config, solver_order=3),
+    "DPM-Solver++(2S)": lambda config: DPMSolverSinglestepScheduler.from_config(config, solver_order=2),
+    "UniPC-2": lambda config: UniPCMultistepScheduler.from_config(config, solver_order=2),
+    "UniPC-3": lambda config: UniPCMultistepScheduler.from_config(config, solver_order=3),
+    "PNDM": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True),
+    "Heun": lambda config: HeunDiscreteScheduler.from_config(config),
+}
+OWN = {
+    "GENIE, head-free": {"method": "hermite"},
+    "GENIE Taylor, head-free": {"method": "taylor"},
+    "GENIE Taylor + derivative head": {"method": "taylor", "source": "derivative head"},
+    "GENIE Hermite + derivative head": {"method": "hermite", "source": "derivative head"},
+    "GENIE Taylor + exact slope": {"method": "taylor", "source": "exact"},
+    "GENIE Hermite + exact slope": {"method": "hermite", "source": "exact"},
+    "GENIE, tables alone": {"source": "tables"},
+    "GENIE, step head": {"source": "step head"},
+}
+
+
+def peer(name: str, config, grid: str, calls: int):
+    """A scheduler of diffusers whose run makes `calls` model calls on `grid`; `None` where it has no such run."""
+    flags = {"clip_sample": False, "thresholding": False}
+    if name == "Heun":
+        if calls % 2 == 0 or grid not in ("default", "karras+", "uniform_lambda+"):
+            return None
+        options = {"use_karras_sigmas": grid == "karras+", "use_exponential_sigmas": grid == "uniform_lambda+"}
+        scheduler = HeunDiscreteScheduler.from_config(config, **flags, **options)
+        scheduler.set_timesteps((calls + 1) // 2)
+        return scheduler
+    if name == "PNDM":
+        if grid != "default":  # its weights are those of equal steps
+            return None
+        scheduler = PEERS[name]({**config, **flags})
+        scheduler.set_timesteps(calls - 1)  # its second call repeats the first timestep
+        return scheduler
+    scheduler = PEERS[name]({**config, **flags})
+    scheduler.set_timesteps(calls)
+    if grid != "default":
+        if name == "DEIS-3" and grid[-1] == "+":  # it always ends at the smallest timestep, without a call there
+            return None
+        process = GenieScheduler.from_config(config).process
+        points = time_grid(process, grid[:-1], calls + (grid[-1] == "-"))[:calls]
+        points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
+        scheduler.timesteps = torch.from_numpy(points).long()
+        scheduler.sigmas = torch.from_numpy(np.append(process.gamma(points), scheduler.sigmas[-1])).float()
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def own(name: str, config, grid: str, calls: int, sources: dict):
+    """A scheduler of this package with its source attached; `None` where it has no such run."""
+    options = dict(OWN[name])
+    source = sources[options.pop("source", None)]
+    tables = getattr(getattr(source, "slope_source", source), "tables", None)
+    if tables is not None and (grid != "default" or str(calls) not in tables):  # a table has a grid of its own
+        return None
+    if grid != "default":
+        options |= {"time_grid": grid[:-1], "denoising_step": grid[-1] == "+"}
+    scheduler = solver_of(config, **{"method": "hermite", **options})
+    scheduler.attach(source)
+    scheduler.set_timesteps(calls)
+    return scheduler
+
+
+def sources_of(unet: GenieUNet2DModel) -> dict:
+    """What a step head offers the schedulers of [`OWN`]."""
+    return {None: None, "step head": unet, "tables": TablesAlone(unet.derivative_head.config.tables)}
+
+
+def run(unet: GenieUNet2DModel, scheduler, noises: Noises) -> torch.Tensor:
+    """The pictures of a prepared scheduler; the loop of diffusers' pipelines."""
+    sample = noises.noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(predict(unet, model_input, timestep, noises), timestep, sample).prev_sample.float()
+    return sample
+
+
+def converged(unet, config, noises: Noises) -> torch.Tensor:
+    """Where the ODE ends: at the smallest noise level, and at clean data; shape `(noises, 2, ...)`."""
+    scheduler = solver_of(config, time_grid="uniform_lambda", denoising_step=True)
+
+    def solve(batch: Noises) -> torch.Tensor:
+        scheduler.set_timesteps(REFERENCE_CALLS)
+        sample = batch.noise
+        for timestep in scheduler.timesteps:
+            noisy = sample
+            sample = scheduler.step(predict(unet, noisy, timestep, batch), timestep, noisy).prev_sample
+        return torch.stack([noisy, sample], dim=1)
+
+    return in_batches(solve, noises, 64, torch.device("cpu"))
+
+
+def errors_of(unet, make: Callable, noises: Noises, reference: torch.Tensor) -> np.ndarray | None:
+    """Relative error of each picture, or `None` if there is no such run."""
+    scheduler = make()
+    if scheduler is None:
+        return None
+    pictures = in_batches(lambda batch: run(unet, make(), batch), noises, 64, torch.device("cpu"))
+    ends_clean = not hasattr(scheduler, "sigmas") or scheduler.sigmas[-1] == 0
+    return relative_error(pictures, reference[:, int(ends_clean)]).numpy()
+
+
+def measure(results: dict, unets: dict, config, args: argparse.Namespace):
+    """By solver and model calls: the mean error, its standard error and the grid, which is chosen on other noises."""
+    sets = {}
+    for name, count, seed in (("choice", args.choice_noises, args.seed), ("report", args.noises, args.seed + 1)):
+        noises = draw(unets["plain"], count, seed, label_dropout=0.1)
+        sets[name] = noises, converged(unets["plain"], config, noises)
+    sources = sources_of(unets["step head"]) | {
+        "derivative head": unets["derivative head"],
+        "exact": ExactSlope(unets["exact"]),
+    }
+    for name in args.solvers:
+        results[name] = {}
+        source = OWN.get(name, {}).get("source")
+        unet = unets.get(source, unets["plain"])
+        for calls in args.calls:
+            # An exact slope costs several calls; what is left of them is not more than asked for.
+            steps = int(calls / args.exact_slope_cost) if source == "exact" else calls
+            if steps < 2:
+                continue
+
+            def make(grid: str, name=name, steps=steps):
+                if name in PEERS:
+                    return peer(name, config, grid, steps)
+                return own(name, config, grid, steps, sources)
+
+            chosen = {}
+            for grid in GRIDS:
+                errors = errors_of(unet, lambda grid=grid: make(grid), *sets["choice"])
+                if errors is not None:
+                    chosen[grid] = float(errors.mean())
+            if not chosen:
+                continue
+            grid = min(chosen, key=chosen.__getitem__)
+            errors = errors_of(unet, lambda grid=grid: make(grid), *sets["report"])
+            results[name][str(calls)] = {
+                "error": float(errors.mean()),
+                "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5),
+                "grid": grid,
+                "steps": steps,
+            }
+            print(f"{name}, {calls} calls: {errors.mean():.4f} on {grid}", flush=True)
+
+
+def write_table(results: dict, calls: list[int], command: str, settings: dict, path: Path):
+    best = {n: min(results[name][n]["error"] for name in PEERS if n in results.get(name, {})) for n in map(str, calls)}
+    lines = [
+        f"Written by `{command}`: mean relative error to the converged solution over {settings['noises']} noises, "
+        f"in brackets its ratio to the best peer's. Grids are chosen on {settings['choice_noises']} other noises.",
+        "",
+        "| Model calls | " + " | ".join(map(str, calls)) + " |",
+        "|---" * (len(calls) + 1) + "|",
+    ]
+    for name, row in results.items():
+        cells = []
+        for n in map(str, calls):
+            cell = row.get(n)
+            if cell is None:
+                cells.append("")
+            elif name in PEERS:
+                text = f"{cell['error']:.4f}"
+                cells.append(f"**{text}**" if cell["error"] == best[n] else text)
+            else:
+                cells.append(f"{cell['error']:.4f} ({cell['error'] / best[n]:.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(results: dict, path: Path):
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, row in results.items():
+        if not row or "exact" in name or max(cell["error"] for cell in row.values()) > 3:
+            continue
+        style = {"linewidth": 0.9, "linestyle": "--"} if name in PEERS else {"linewidth": 1.8}
+        axes.loglog([int(n) for n in row], [cell["error"] for cell in row.values()], marker=".", label=name, **style)
+    ticks = sorted({int(n) for row in results.values() for n in row})
+    axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="model calls", ylabel="relative error to the converged solution")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[5, 8, 10, 15, 20, 50])
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        choices=[*PEERS, *OWN],
+        default=[*PEERS, *OWN],
+        metavar="NAME",
+        help="Measure these; the others stay as they are in the results.",
+    )
+    parser.add_argument("--noises", type=int, default=128, help="Noises that errors are stated on.")
+    parser.add_argument("--choice_noises", type=int, default=16, help="Other noises, on which grids are chosen.")
+    parser.add_argument("--seed", type=int, default=20260)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    args = parser.parse_args(argv)
+    cost = json.loads((ROOT / "results" / "cost.json").read_text())
+    args.exact_slope_cost = cost["packaged ddpm-cifar10-16"]["exact_slope_step_per_forward"]
+
+    plain = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
+    config = GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")
+    unets = {"plain": plain, "step head": plain, "exact": plain}
+    unets["derivative head"] = GenieUNet2DModel.from_unet(plain, HEAD)
+    settings = {"noises": args.noises, "choice_noises": args.choice_noises, "seed": args.seed}
+    command = shlex.join(["python", "benchmarks/solver_error.py", *(sys.argv[1:] if argv is None else argv)])
+    settings |= {"exact_slope_cost": args.exact_slope_cost, "grids": list(GRIDS)}
+    path = args.output_dir / "solver_error.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    known = earlier["errors"] if earlier.get("settings") == settings else {}
+    results = {name: known.get(name, {}) for name in (*PEERS, *OWN)}
+    measure(results, unets, config, args)
+    report = {
+        "command": command,
+        "settings": settings,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "errors": {name: row for name, row in results.items() if row},
+    }
+    args.output_dir.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_table(report["errors"], args.calls, command, settings, args.output_dir / "solver_error.md")
+    plot(report["errors"], args.output_dir / "solver_error.png")
+    print((args.output_dir / "solver_error.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
