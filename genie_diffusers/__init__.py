@@ -5,19 +5,34 @@ are loaded by their own `from_pretrained`.
 """
 
 from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
-from .pipelines import GeniePipeline
-from .processes import VariancePreserving
-from .schedulers import GenieScheduler, QuasiTaylorScheduler
+from .pipelines import GDDIMPipeline, GeniePipeline
+from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
+from .schedulers import (
+    GDDIMBlurringScheduler,
+    GDDIMCLDScheduler,
+    GDDIMScheduler,
+    GenieScheduler,
+    LinearDiffusionScheduler,
+    QuasiTaylorScheduler,
+)
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Blurring",
+    "CriticallyDampedLangevin",
     "DerivativeHead",
     "ExactSlope",
+    "GDDIMBlurringScheduler",
+    "GDDIMCLDScheduler",
+    "GDDIMPipeline",
+    "GDDIMScheduler",
     "GeniePipeline",
     "GenieScheduler",
     "GenieUNet2DModel",
     "ImageClassifier",
+    "LinearDiffusion",
+    "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",
     "StepHead",
     "VariancePreserving",

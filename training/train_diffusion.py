@@ -10,7 +10,6 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
@@ -19,8 +18,16 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from genie_diffusers import GeniePipeline, GenieScheduler, VariancePreserving
+from genie_diffusers import (
+    GDDIMBlurringScheduler,
+    GDDIMCLDScheduler,
+    GDDIMPipeline,
+    GeniePipeline,
+    GenieScheduler,
+    VariancePreserving,
+)
 from genie_diffusers.model_card import create_model_card
+from genie_diffusers.processes.linear_diffusion import inverse
 from training_utils import (
     RunLog,
     TrainingStream,
@@ -48,6 +55,10 @@ class VariancePreservingTraining:
     Args:
         scheduler_config (`dict`): Configuration of a diffusers scheduler: its betas and `prediction_type`.
     """
+
+    pipeline_class: type[GeniePipeline] = GeniePipeline
+    #: what the card says of the model
+    summary = "It is a `UNet2DModel` that any scheduler of diffusers can sample from."
 
     def __init__(self, scheduler_config: dict):
         self.scheduler = GenieScheduler.from_config(scheduler_config)
@@ -80,15 +91,72 @@ class VariancePreservingTraining:
 
     def pipeline(self, unet: UNet2DModel) -> GeniePipeline:
         """The pipeline that is saved."""
-        return GeniePipeline(unet, self.scheduler)
+        return self.pipeline_class(unet, self.scheduler)
 
     def sampler(self, unet: UNet2DModel) -> GeniePipeline:
         """The pipeline that draws the sample grids, with a solver that needs no head."""
         return GeniePipeline(unet, DPMSolverMultistepScheduler.from_config(self.scheduler.config))
 
 
-#: Another diffusion is a class with the members above.
-PROCESSES = {"vp": VariancePreservingTraining}
+class LinearDiffusionTraining(VariancePreservingTraining):
+    """
+    u_t = Ψ(t, 0) u_0 + R_t z, and the model predicts z, preconditioned: the score is −R^{−T} ε (gDDIM's K = R).
+
+    Args:
+        scheduler_config (`dict`):
+            Configuration of a `scheduler_class`, or of another process, of which `sample_size` alone means something.
+    """
+
+    pipeline_class = GDDIMPipeline
+    scheduler_class: type
+
+    def __init__(self, scheduler_config: dict):
+        if scheduler_config.get("_class_name") == self.scheduler_class.__name__:
+            self.scheduler = self.scheduler_class.from_config(scheduler_config, preconditioned=True)
+        else:
+            keys = self.scheduler_class.process_class.CONFIG_KEYS
+            given = {key: scheduler_config[key] for key in keys if key in scheduler_config}
+            self.scheduler = self.scheduler_class(**given, preconditioned=True)
+        self.process = self.scheduler.process
+        self.prediction_type = "epsilon of K = R, preconditioned"
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        scaling, _, _ = self.process.preconditioning(timesteps.numpy())
+        state = self.process.add_noise(images, noise, timesteps)
+        return self.process.combine([torch.from_numpy(scaling).to(noise)], [state])
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The output y with ε = A u + B y, where ε is the noise; in double, since the two nearly cancel."""
+        _, of_state, of_output = self.process.preconditioning(timesteps.numpy())
+        to_output = inverse(of_output)
+        weights = [torch.from_numpy(weight).to(noise.device) for weight in (to_output, -to_output @ of_state)]
+        state = self.process.add_noise(images.double(), noise.double(), timesteps)
+        return self.process.combine(weights, [noise.double(), state]).to(noise.dtype)
+
+    def sampler(self, unet: UNet2DModel) -> GeniePipeline:
+        return self.pipeline(unet)
+
+
+class BlurringTraining(LinearDiffusionTraining):
+    """`--process blurring`: pictures are blurred while they are noised."""
+
+    scheduler_class = GDDIMBlurringScheduler
+    summary = "Its diffusion blurs pictures while it adds noise (https://huggingface.co/papers/2209.05557)."
+
+
+class LangevinTraining(LinearDiffusionTraining):
+    """`--process cld`: pictures coupled to velocities, twice the channels."""
+
+    scheduler_class = GDDIMCLDScheduler
+    summary = "Its diffusion couples pictures to velocities (https://huggingface.co/papers/2112.07068)."
+
+    @staticmethod
+    def image_channels(in_channels: int) -> int:
+        return in_channels // 2
+
+
+#: Another diffusion is a class with the members of the first one.
+PROCESSES = {"vp": VariancePreservingTraining, "cld": LangevinTraining, "blurring": BlurringTraining}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -144,6 +212,15 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
     if not isinstance(resolution, int) or resolution % factor != 0:
         raise ValueError(f"`--resolution` must be a multiple of {factor} for this UNet, got {resolution}.")
     unet.register_to_config(sample_size=resolution)
+    if args.process != "vp":
+        if schedule.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(
+                f"`--prediction_type` must be epsilon for `--process {args.process}`, got "
+                f"{schedule['prediction_type']}."
+            )
+        schedule["sample_size"] = resolution
+    if args.process == "cld" and unet.config.in_channels % 2 == 1:  # a UNet for pictures, which have 1 or 3 channels
+        unet = with_velocities(unet)
     if unet.config.out_channels != unet.config.in_channels:
         raise ValueError(
             f"The UNet must have as many output channels as input channels, {unet.config.in_channels}, got "
@@ -154,6 +231,18 @@ def load_model(args: argparse.Namespace) -> tuple[UNet2DModel, dict]:
             f"`--label_dropout` must be 0 for a UNet without `num_class_embeds`, got {args.label_dropout}."
         )
     return unet, schedule
+
+
+def with_velocities(unet: UNet2DModel) -> UNet2DModel:
+    """The UNet with twice the channels, stacked `[x, v]`, that computes for x what `unet` does and 0 for v."""
+    channels = {name: 2 * unet.config[name] for name in ("in_channels", "out_channels")}
+    wide = UNet2DModel.from_config({**unet.config, **channels})
+    weights = unet.state_dict()
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], 0 * weights["conv_in.weight"]], dim=1)
+    for name in ("conv_out.weight", "conv_out.bias"):
+        weights[name] = torch.cat([weights[name], 0 * weights[name]])
+    wide.load_state_dict(weights)
+    return wide
 
 
 def num_classes(unet: UNet2DModel, label_dropout: float) -> int | None:
@@ -185,16 +274,18 @@ def sample_grid(
     return make_image_grid(images, rows, columns)
 
 
-def write_card(args: argparse.Namespace, accelerator: Accelerator, facts: dict, conditional: bool) -> None:
+def write_card(
+    args: argparse.Namespace, diffusion: VariancePreservingTraining, facts: dict, conditional: bool
+) -> None:
     repository = args.hub_model_id or args.output_dir.name
     call = "pipeline(class_labels=[0, 1, 2, 3], " if conditional else "pipeline(batch_size=4, "
     card = create_model_card(
         repository,
         f"{'A class-conditional' if conditional else 'An unconditional'} pixel-space diffusion model trained with "
-        "genie_diffusers. It is a `UNet2DModel` that any scheduler of diffusers can sample from.",
+        f"genie_diffusers. {diffusion.summary}",
         usage=(
-            "from genie_diffusers import GeniePipeline\n\n"
-            f'pipeline = GeniePipeline.from_pretrained("{repository}")\n'
+            f"from genie_diffusers import {diffusion.pipeline_class.__name__}\n\n"
+            f'pipeline = {diffusion.pipeline_class.__name__}.from_pretrained("{repository}")\n'
             f'images = {call}num_inference_steps=20).images\nimages[0].save("sample.png")'
         ),
         facts=facts,
@@ -327,7 +418,7 @@ def main(args: argparse.Namespace) -> None:
             "Steps": f"{args.max_train_steps:,} of {total_batch_size(args, accelerator)} pictures",
             "Final loss": f"{log.plot(args.output_dir / 'loss.png'):.5f} (mean over the last fiftieth of the run)",
         }
-        write_card(args, accelerator, facts, conditional=classes is not None)
+        write_card(args, diffusion, facts, conditional=classes is not None)
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()

@@ -102,7 +102,7 @@ class GeniePipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        latents = self._initial_state(latents.to(device=device, dtype=dtype))
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
 
@@ -118,9 +118,17 @@ class GeniePipeline(DiffusionPipeline):
                 kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, i, t, kwargs) or {}).get("latents", latents)
 
-        images = self.image_processor.postprocess(latents, output_type=output_type)
+        images = self.image_processor.postprocess(self._images(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _initial_state(self, noise: torch.Tensor) -> torch.Tensor:
+        """The state at the first timestep, from standard normal noise."""
+        return noise * self.scheduler.init_noise_sigma
+
+    def _images(self, state: torch.Tensor) -> torch.Tensor:
+        """The images in the final state."""
+        return state
 
     def _check_inputs(
         self, class_labels, batch_size, guidance_scale, latents, generator, callback_tensors

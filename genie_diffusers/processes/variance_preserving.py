@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator, make_interp_spline
 
+from .linear_diffusion import LinearDiffusion
+
 # diffusers keeps the last α of a zero-terminal-SNR schedule at this value, so that λ stays finite.
 ZERO_SNR_ALPHA = 2.0**-12
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
-class VariancePreserving:
+class VariancePreserving(LinearDiffusion):
     """
     A variance-preserving linear diffusion.
 
@@ -60,6 +62,8 @@ class VariancePreserving:
         num_train_timesteps: int = 1000,
     ):
         self.is_discrete = alphas is not None
+        #: the timestep of clean data
+        self.timestep_data = -1.0 if self.is_discrete else 0.0
         if alphas is None:
             self.num_train_timesteps = num_train_timesteps
             self._beta_min, self._beta_max = beta_min, beta_max
@@ -181,6 +185,21 @@ class VariancePreserving:
         time, slope = timesteps / self._time_scale, self._beta_max - self._beta_min
         values = (self._beta_min + slope * time, np.full_like(time, slope), np.zeros_like(time))
         return values[derivative] / self._time_scale ** (derivative + 1)
+
+    def drift(self, timesteps) -> np.ndarray:
+        return -0.5 * self.diffusion(timesteps)
+
+    def diffusion(self, timesteps) -> np.ndarray:
+        return self.beta(timesteps)[..., None, None]
+
+    def mean(self, timesteps) -> np.ndarray:
+        return self.alpha(timesteps)[..., None, None]
+
+    def covariance(self, timesteps) -> np.ndarray:
+        return self.root(timesteps) ** 2
+
+    def root(self, timesteps) -> np.ndarray:
+        return self.sigma(timesteps)[..., None, None]
 
     def log_snr_derivative(self, timesteps) -> np.ndarray:
         """dλ/dt = −β/(2σ²), per unit of timestep."""

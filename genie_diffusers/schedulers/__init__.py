@@ -1,4 +1,12 @@
+from .scheduling_gddim import GDDIMBlurringScheduler, GDDIMCLDScheduler, GDDIMScheduler, LinearDiffusionScheduler
 from .scheduling_genie import GenieScheduler
 from .scheduling_quasi_taylor import QuasiTaylorScheduler
 
-__all__ = ["GenieScheduler", "QuasiTaylorScheduler"]
+__all__ = [
+    "GDDIMBlurringScheduler",
+    "GDDIMCLDScheduler",
+    "GDDIMScheduler",
+    "GenieScheduler",
+    "LinearDiffusionScheduler",
+    "QuasiTaylorScheduler",
+]

@@ -19,13 +19,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..processes import VariancePreserving
+from ..processes import LinearDiffusion, VariancePreserving
 from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
 
 #: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
-#: the weights of one update; what is not named has weight zero
-Row = dict[Column, float]
+#: one number, or an array of the process's `weight_shape`, whose last two axes are a matrix
+Weight = Any
+#: the weights of one update, all numbers or all arrays; what is not named has weight zero
+Row = dict[Column, Weight]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -62,11 +64,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     config_name = "scheduler_config.json"
 
+    #: the diffusion that the configuration describes
+    process_class: type[LinearDiffusion] = VariancePreserving
     #: values of the configuration key `method`
     methods: tuple[str, ...] = ()
 
     def __init__(self):
-        self._process: VariancePreserving | None = None
+        self._process: Any = None
         self._process_key: tuple | None = None
         self._slope_source: Any = None
         self._learned: dict = {}
@@ -97,7 +101,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         The weights of step `index`, with the predictions of `known` steps at hand, the current one included.
 
-        The weight of `("noise", 0)` is the standard deviation of the fresh noise that the step adds.
+        The weight of `("noise", 0)` is the standard deviation of the fresh noise that the step adds, or a square root
+        of its covariance.
         `self.alphas`, `self.noise_stds`, `self.lambdas` hold α, σ and λ at the visited points and the end.
         """
         raise NotImplementedError
@@ -121,12 +126,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     # --- process and time grid -------------------------------------------------------------------------------------
 
     @property
-    def process(self) -> VariancePreserving:
-        """The diffusion that the configuration describes, as it is now (pipelines may rewrite it)."""
-        values = [self.config.get(key) for key in VariancePreserving.CONFIG_KEYS]
+    def process(self) -> Any:
+        """The [`LinearDiffusion`] that the configuration describes, as it is now (pipelines may rewrite it)."""
+        values = [self.config.get(key) for key in self.process_class.CONFIG_KEYS]
         key = tuple(tuple(value) if isinstance(value, (list, np.ndarray)) else value for value in values)
         if self._process is None or key != self._process_key:
-            self._process, self._process_key = VariancePreserving.from_config(self.config), key
+            self._process, self._process_key = self.process_class.from_config(self.config), key
         return self._process
 
     def set_timesteps(
@@ -159,7 +164,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._check_config()
         process = self.process
         self._learned = {} if num_inference_steps is None else self.learned_table(num_inference_steps)
-        first_step_is_free = self.config.analytical_first_step and not self._learned
+        first_step_is_free = self.config.get("analytical_first_step", False) and not self._learned
         end_is_noisy = self._end_is_noisy and not self._learned
         if self._learned:
             points = np.asarray(self._learned["timesteps"], dtype=np.float64)
@@ -201,7 +206,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _check_config(self):
         """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
         for key, choices in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", TIMESTEP_SPACINGS)):
-            if self.config[key] not in choices:
+            if self.config.get(key, choices[0]) not in choices:
                 raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {self.config[key]!r}.")
 
     @property
@@ -215,7 +220,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _grid(self, num_inference_steps: int) -> np.ndarray:
         """The timesteps of the analytical first step, of the model calls and, if it is noisy, of the end."""
         process = self.process
-        free = int(self.config.analytical_first_step)
+        free = int(self.config.get("analytical_first_step", False))
         largest = process.num_train_timesteps - free
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
             raise ValueError(f"`num_inference_steps` must be an integer, got {num_inference_steps!r}.")
@@ -226,10 +231,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             )
         visited = num_inference_steps + free
         name = self.config.time_grid or next(
-            (name for flag, name in SIGMA_GRIDS.items() if self.config.get(flag)), self.config.timestep_spacing
+            (name for flag, name in SIGMA_GRIDS.items() if self.config.get(flag)), self.config.get("timestep_spacing")
         )
         if name in TIMESTEP_SPACINGS:
-            points = spaced_timesteps(process, name, visited, self.config.steps_offset)
+            points = spaced_timesteps(process, name, visited, self.config.get("steps_offset", 0))
         else:
             # diffusers' own grids spend the last call at the smallest timestep
             ends_before = self._end_is_noisy or (self.config.time_grid and not self.config.get("denoising_step", True))
@@ -282,7 +287,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._predictions: deque = deque(maxlen=depth)
         self._slopes: deque = deque(maxlen=depth)
         self._previous_noise: torch.Tensor | None = None
-        self._clips = bool(self.config.clip_sample or self.config.thresholding)
+        self._clips = bool(self.config.get("clip_sample") or self.config.get("thresholding"))
         # All conversions of the model output are linear in (sample, output), so they are rows as well.
         to_data = [self._conversion(i, to_data=True) for i in steps]
         to_noise = [self._conversion(i, to_data=False) for i in steps]
@@ -293,6 +298,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             "to_noise": to_noise,
             "data_to_noise": back,
         }
+        self._noisy = {i for i in steps if np.any(self._rows["step"][i].get(("noise", 0), 0.0))}
         self._device_rows: dict = {}
 
     def _folded(self, index: int) -> Row:
@@ -304,11 +310,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         row, of_sample = dict(self.table[index]), self.table[index].get(("sample", 0), 0.0)
         for column, weight in self.corrections[index].items():
-            row[column] = row.get(column, 0.0) + of_sample * weight
+            row[column] = row.get(column, 0.0) + _product(of_sample, weight)
         if not self._clips and ("prediction", 0) in row:
             of_prediction = row.pop(("prediction", 0))
             for column, weight in self._conversion(index, self.data_form).items():
-                row[column] = row.get(column, 0.0) + of_prediction * weight
+                row[column] = row.get(column, 0.0) + _product(of_prediction, weight)
         return row
 
     def _conversion(self, index: int, to_data: bool) -> Row:
@@ -333,7 +339,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Σ weight · tensor over row `index` of the rows `name`, in at least float32."""
         reference = tensors["sample"][0]
         dtype = torch.promote_types(reference.dtype, torch.float32)
-        (column, weight), *rest = self._rows_on(name, reference.device, dtype)[index]
+        row = self._rows_on(name, reference.device, dtype)[index]
+        (column, weight), *rest = row
+        if weight is not None and weight.ndim > 0:
+            states = [tensors[what][lag].to(dtype) for (what, lag), _ in row]
+            return self.process.combine([weight for _, weight in row], states)
         total = tensors[column[0]][column[1]].to(dtype)
         if weight is not None:  # None is the weight one
             total = total * weight
@@ -343,15 +353,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return total
 
     def _rows_on(self, name: str, device: torch.device, dtype: torch.dtype) -> list:
-        """The rows as zero-dimensional tensors where the sample is: one transfer a run, none a step."""
+        """The rows as tensors where the sample is, numbers as zero-dimensional ones: one transfer a run."""
         key = (name, device, dtype)
         if key not in self._device_rows:
-            used = [[(column, weight) for column, weight in row.items() if weight != 0.0] for row in self._rows[name]]
-            flat = torch.tensor([weight for row in used for _, weight in row], dtype=torch.float64)
-            scalars = iter(flat.to(device=device, dtype=dtype).unbind())
-            pairs = [[(column, weight, next(scalars)) for column, weight in row] for row in used]
+            used = [[(column, weight) for column, weight in row.items() if np.any(weight)] for row in self._rows[name]]
+            weights = [weight for row in used for _, weight in row]
+            flat = torch.from_numpy(np.concatenate([np.ravel(weight) for weight in weights]))
+            parts = flat.to(device=device, dtype=dtype).split([np.size(weight) for weight in weights])
+            tensors = iter([part.reshape(np.shape(weight)) for part, weight in zip(parts, weights, strict=True)])
+            pairs = [[(column, weight, next(tensors)) for column, weight in row] for row in used]
             self._device_rows[key] = [
-                [(column, None if weight == 1.0 else scalar) for column, weight, scalar in row] for row in pairs
+                [(column, None if np.array_equal(weight, 1.0) else tensor) for column, weight, tensor in row]
+                for row in pairs
             ]
         return self._device_rows[key]
 
@@ -432,7 +445,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             "prediction": self._predictions,
             "slope": self._slopes,
         }
-        if self._rows["step"][index].get(("noise", 0), 0.0) != 0.0:
+        if index in self._noisy:
             tensors["noise"] = (self._draw(sample, generator),)
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
         self._step_index = index + 1
@@ -503,7 +516,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return torch.clamp(data, -scale, scale) / scale
 
     def _without_variance(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        if self.config.variance_type in ("learned", "learned_range") and sample.ndim > 1:
+        if self.config.get("variance_type") in ("learned", "learned_range") and sample.ndim > 1:
             model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
             raise ValueError(
@@ -611,6 +624,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _product(first: Weight, second: Weight) -> Weight:
+    """The weight that acts like `second`, then `first`."""
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return first @ second
+    return first * second
 
 
 def _as_float(timestep: float | torch.Tensor) -> float:

@@ -279,6 +279,68 @@ def test_a_model_that_predicts_the_target_recovers_the_picture_in_one_step(predi
         assert torch.allclose(step.prev_sample, images[i : i + 1], atol=1e-8)
 
 
+def other_process(name: str, **config):
+    return train_diffusion.PROCESSES[name]({"sample_size": (3, 4), **config})
+
+
+@pytest.mark.parametrize("name", ["cld", "blurring"])
+def test_a_model_that_predicts_the_target_recovers_the_picture_of_any_process(name):
+    training = other_process(name)
+    channels = 3 * training.process.weight_shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 3, 4, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4, channels, 3, 4, generator=generator, dtype=torch.float64)
+    timesteps = training.timesteps(torch.tensor([0.01, 0.2, 0.5, 0.9], dtype=torch.float64))
+    seen, target = (f(images, noise, timesteps) for f in (training.add_noise, training.target))
+    state = training.process.add_noise(images, noise, timesteps)
+    scheduler = training.scheduler
+    for i, timestep in enumerate(timesteps.tolist()):
+        scheduler.set_timesteps(timesteps=[timestep])
+        row = slice(i, i + 1)
+        torch.testing.assert_close(scheduler.scale_model_input(state[row], timestep), seen[row])
+        step = scheduler.step(target[row], timestep, state[row])
+        torch.testing.assert_close(training.process.pictures(step.prev_sample), images[row], rtol=1e-6, atol=1e-6)
+
+
+def test_langevin_unet_from_a_unet_for_pictures_does_for_positions_what_that_does(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path)
+    wide, _ = train_diffusion.load_model(parse(pretrained_model_name_or_path=tmp_path, process="cld"))
+    assert (wide.config.in_channels, wide.config.out_channels) == (6, 6)
+    state = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        output = wide(state, 10, class_labels=labels).sample
+        expected = unet(state[:, :3], 10, class_labels=labels).sample
+    torch.testing.assert_close(output[:, :3], expected)
+    assert output[:, 3:].abs().max() == 0
+    wide.save_pretrained(tmp_path)  # one for states is taken as it is
+    again, _ = train_diffusion.load_model(parse(pretrained_model_name_or_path=tmp_path, process="cld"))
+    assert again.config.in_channels == 6
+
+
+@pytest.mark.parametrize("name", ["cld", "blurring"])
+def test_trained_pipeline_of_any_process_is_trained_further(name, tmp_path):
+    config = {"cld": {"friction": 2.0}, "blurring": {"blur_sigma": 5.0}}[name]
+    training = other_process(name)
+    training.scheduler.register_to_config(sample_size=8, **config)
+    channels = 3 * training.process.weight_shape[-1]
+    training.pipeline(tiny_unet(in_channels=channels, out_channels=channels)).save_pretrained(tmp_path)
+    unet, schedule = train_diffusion.load_model(parse(pretrained_model_name_or_path=tmp_path, process=name))
+    again = train_diffusion.PROCESSES[name](schedule)
+    assert again.image_channels(unet.config.in_channels) == 3
+    assert {key: again.scheduler.config[key] for key in config} == config
+    assert again.scheduler.config.preconditioned
+
+
+@pytest.mark.parametrize("name", ["cld", "blurring"])
+def test_other_processes_predict_noise_only(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`--prediction_type` must be epsilon for `--process {name}`"):
+        folder = tiny_config(tmp_path)
+        args = parse(model_config_name_or_path=folder, process=name, prediction_type="sample")
+        train_diffusion.load_model(args)
+
+
 # Checkpoints
 
 
