@@ -327,7 +327,7 @@ def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
 
 def main(args: argparse.Namespace) -> None:
     accelerator = start_accelerator(args)
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed)  # the same in all processes, whose heads start alike
     device = accelerator.device
     unet = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet").float().eval()
     check(args, unet)
