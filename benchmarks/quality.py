@@ -31,12 +31,13 @@ from genie_diffusers.metrics import PACKAGED_CLASSIFIER, Estimate, QualityDistan
 from genie_diffusers.models.derivative_head import fingerprint
 
 sys.path.append(str(Path(__file__).parent))
-from solver_error import OWN, PEERS, Noises, in_batches, own, peer, run, sources_of
+from solver_error import OWN, PEERS, STOCHASTIC, Noises, in_batches, own, peer, run, sources_of
 
 RESULTS = Path(__file__).parent / "results"
 DISTANCES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
 SAMPLERS = ["DDIM", "DEIS-3", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC-2", "UniPC-3"]
 SAMPLERS += ["GENIE, head-free", "GENIE, tables alone", "GENIE, step head"]
+SAMPLERS += ["Quasi-Taylor ODE 1", "Quasi-Taylor ODE 2", "DDPM", "Quasi-Taylor SDE 2"]
 #: where all deterministic samplers converge to
 CONVERGED = ("GENIE, head-free", "uniform_lambda+", 100)
 
@@ -55,10 +56,11 @@ def choose_pictures(unet: GenieUNet2DModel, num_samples: int, seed: int) -> Nois
 def sample(unet: GenieUNet2DModel, config, name: str, grid: str, calls: int, noises: Noises, batch_size: int):
     """Pictures in [−1, 1] but for overshoots, and how often the model was called for them."""
     sources, counted = sources_of(unet), []
+    options = {"generator": torch.Generator(unet.device).manual_seed(0)} if name in STOCHASTIC else {}
 
     def one_batch(batch: Noises) -> torch.Tensor:
         scheduler = peer(name, config, grid, calls) if name in PEERS else own(name, config, grid, calls, sources)
-        return run(unet, scheduler, batch)
+        return run(unet, scheduler, batch, **options)
 
     hook = unet.register_forward_pre_hook(lambda module, args: counted.append(None))
     try:
@@ -213,10 +215,10 @@ def main(argv: list[str] | None = None):
         return cell | {title: to_json(estimate) for title, estimate in estimates.items()}
 
     keys = {
-        f"{name}@{calls}": (name, chosen[name][str(calls)]["grid"], calls)
+        f"{name}@{calls}": (name, "default" if name in STOCHASTIC else chosen[name][str(calls)]["grid"], calls)
         for name in args.samplers
         for calls in args.steps
-        if str(calls) in chosen[name]
+        if name in STOCHASTIC or str(calls) in chosen[name]
     }
     results["cells"] = {key: earlier["cells"][key] for key in keys if key in earlier["cells"]}
     for key, cell in keys.items():

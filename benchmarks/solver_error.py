@@ -20,6 +20,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
@@ -29,7 +30,7 @@ from diffusers import (
 )
 from matplotlib.figure import Figure
 
-from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel
+from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, QuasiTaylorScheduler
 from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.schedulers.time_grids import distinct_integers, time_grid
 
@@ -61,6 +62,7 @@ PEERS: dict[str, Callable] = {
     "UniPC-3": lambda config: UniPCMultistepScheduler.from_config(config, solver_order=3),
     "PNDM": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True),
     "Heun": lambda config: HeunDiscreteScheduler.from_config(config),
+    "DDPM": lambda config: DDPMScheduler.from_config({**config, "timestep_spacing": "trailing"}),
 }
 OWN = {
     "GENIE, head-free": {"method": "hermite"},
@@ -71,11 +73,18 @@ OWN = {
     "GENIE Hermite + exact slope": {"method": "hermite", "source": "exact"},
     "GENIE, tables alone": {"source": "tables"},
     "GENIE, step head": {"source": "step head"},
+    "Quasi-Taylor ODE 1": {"class": QuasiTaylorScheduler, "method": "ode", "taylor_order": 1},
+    "Quasi-Taylor ODE 2": {"class": QuasiTaylorScheduler, "method": "ode", "taylor_order": 2},
+    "Quasi-Taylor SDE 2": {"class": QuasiTaylorScheduler, "method": "sde", "taylor_order": 2, "time_grid": "trailing"},
 }
+#: what draws noise has no error here, see quality.py
+STOCHASTIC = ("DDPM", "Quasi-Taylor SDE 2")
+SOLVERS = [name for name in (*PEERS, *OWN) if name not in STOCHASTIC]
 
 
 def peer(name: str, config, grid: str, calls: int):
     """A scheduler of diffusers whose run makes `calls` model calls on `grid`; `None` where it has no such run."""
+    diffusers.utils.logging.set_verbosity_error()  # they warn of keys that are ours
     flags = {"clip_sample": False, "thresholding": False}
     if name == "Heun":
         if calls % 2 == 0 or grid not in ("default", "karras+", "uniform_lambda+"):
@@ -111,9 +120,19 @@ def own(name: str, config, grid: str, calls: int, sources: dict):
     tables = getattr(getattr(source, "slope_source", source), "tables", None)
     if tables is not None and (grid != "default" or str(calls) not in tables):  # a table has a grid of its own
         return None
-    if grid != "default":
-        options |= {"time_grid": grid[:-1], "denoising_step": grid[-1] == "+"}
-    scheduler = solver_of(config, **{"method": "hermite", **options})
+    kind = options.pop("class", GenieScheduler)
+    if kind is QuasiTaylorScheduler:
+        if grid[-1] == "-":  # its grids end with a call at the smallest timestep
+            return None
+        scheduler = kind.from_config(
+            {**config, "clip_sample": False, "thresholding": False, "time_grid": None}, **options
+        )
+        if grid != "default":
+            scheduler.register_to_config(time_grid=grid[:-1])
+    else:
+        if grid != "default":
+            options |= {"time_grid": grid[:-1], "denoising_step": grid[-1] == "+"}
+        scheduler = solver_of(config, **{"method": "hermite", **options})
     scheduler.attach(source)
     scheduler.set_timesteps(calls)
     return scheduler
@@ -124,12 +143,14 @@ def sources_of(unet: GenieUNet2DModel) -> dict:
     return {None: None, "step head": unet, "tables": TablesAlone(unet.derivative_head.config.tables)}
 
 
-def run(unet: GenieUNet2DModel, scheduler, noises: Noises) -> torch.Tensor:
+def run(unet: GenieUNet2DModel, scheduler, noises: Noises, **options) -> torch.Tensor:
     """The pictures of a prepared scheduler; the loop of diffusers' pipelines."""
     sample = noises.noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         model_input = scheduler.scale_model_input(sample, timestep)
-        sample = scheduler.step(predict(unet, model_input, timestep, noises), timestep, sample).prev_sample.float()
+        sample = scheduler.step(
+            predict(unet, model_input, timestep, noises), timestep, sample, **options
+        ).prev_sample.float()
     return sample
 
 
@@ -248,8 +269,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--solvers",
         nargs="+",
-        choices=[*PEERS, *OWN],
-        default=[*PEERS, *OWN],
+        choices=SOLVERS,
+        default=SOLVERS,
         metavar="NAME",
         help="Measure these; the others stay as they are in the results.",
     )
@@ -271,7 +292,7 @@ def main(argv: list[str] | None = None):
     path = args.output_dir / "solver_error.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     known = earlier["errors"] if earlier.get("settings") == settings else {}
-    results = {name: known.get(name, {}) for name in (*PEERS, *OWN)}
+    results = {name: known.get(name, {}) for name in SOLVERS}
     measure(results, unets, config, args)
     report = {
         "command": command,

@@ -143,7 +143,7 @@ class GenieScheduler(TableScheduler):
     @property
     def _follows_table(self) -> bool:
         """Learned rows need their source, and the history they were learned with: that of a whole run."""
-        own = self._learned == self.learned_table(self.num_inference_steps)
+        own = self._learned == self.learned_table(len(self._host_timesteps))
         return bool(self._learned) and own and self._built_for == 0
 
     @property

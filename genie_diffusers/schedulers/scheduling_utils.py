@@ -470,7 +470,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         # A source knows the prediction of its model, not the clipped one.
         noise = self._apply("to_noise", index, given) if self._sloped & {index, index + 1} else None
         slope = None
-        if index in self._sloped:
+        if noise is not None and index in self._sloped:
             slope = self._slope(sample, noise, index)
             # Where x_0 is held at a limit, dx_0/dλ = 0, and with it dε/dλ = −(α/σ) dx_0/dλ. Where thresholding
             # rescales a whole sample the slope is left out too.
