@@ -429,6 +429,24 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
+def keep_what_helps(args: argparse.Namespace, unet, head: StepHead, scheduler_config: dict, device) -> None:
+    """Leave the network out of the tables that are better alone on fresh noise."""
+    noises = draw(unet, args.validation_trajectories, args.seed + 5, args.label_dropout)
+    reference = drawn_by(unet, teacher_of(scheduler_config), args.teacher_steps, noises, args, device)
+    tables = dict(head.config.tables)
+    scheduler = solver_of(scheduler_config)
+    for steps in args.head_steps:
+        errors = []
+        for source in (unet, TablesAlone(tables)):
+            scheduler.attach(source)
+            drawn = drawn_by(unet, scheduler, steps, noises, args, device)
+            errors.append(float(relative_error(drawn, reference).mean()))
+        if errors[0] >= errors[1]:
+            logger.info(f"{steps} model calls: {errors[1]:.4f} without the network, which would have {errors[0]:.4f}")
+            tables[str(steps)] = {**tables[str(steps)], "residuals": [0.0] * steps}
+    head.register_to_config(tables=tables)
+
+
 def finish(
     args: argparse.Namespace,
     unet: GenieUNet2DModel,
@@ -440,7 +458,9 @@ def finish(
 ) -> None:
     """Save the averaged weights with their tables, the errors on held-out noise and a card, and publish if asked."""
     ema.copy_to(head.parameters())
-    head.eval().save_pretrained(args.output_dir)
+    head.eval()
+    keep_what_helps(args, unet, head, scheduler_config, device)
+    head.save_pretrained(args.output_dir)
     noises = draw(unet, args.validation_trajectories, args.seed + 4, args.label_dropout)
     reference = drawn_by(unet, teacher_of(scheduler_config), args.teacher_steps, noises, args, device)
     sources = {"with the network": unet, "tables alone": TablesAlone(head.config.tables), "hermite": None}
