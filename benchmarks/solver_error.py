@@ -223,7 +223,8 @@ def measure(results: dict, unets: dict, config, args: argparse.Namespace):
 
 
 def write_table(results: dict, calls: list[int], command: str, settings: dict, path: Path):
-    best = {n: min(results[name][n]["error"] for name in PEERS if n in results.get(name, {})) for n in map(str, calls)}
+    peers = [results[name] for name in PEERS if name in results]
+    best = {n: min([row[n]["error"] for row in peers if n in row], default=np.nan) for n in map(str, calls)}
     lines = [
         f"Written by `{command}`: mean relative error to the converged solution over {settings['noises']} noises, "
         f"in brackets its ratio to the best peer's. Grids are chosen on {settings['choice_noises']} other noises.",
