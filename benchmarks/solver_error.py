@@ -36,7 +36,7 @@ from genie_diffusers.schedulers.time_grids import distinct_integers, time_grid
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
-from train_step_head import (  # noqa: E402
+from ode_paths import (  # noqa: E402
     Noises,
     TablesAlone,
     draw,
