@@ -210,8 +210,8 @@ class GGDMScheduler(TableScheduler):
             furthest = max((lag for _, lag in row), default=0)
             if furthest > index - begin:
                 raise ValueError(
-                    f"This run cannot start at step {begin}: its step {index} weighs what was seen {furthest} steps "
-                    "before. Start at step 0, or use a scheduler or table without such weights."
+                    f"This run cannot start at step {begin}: its step {index} weighs what was seen at step "
+                    f"{index - furthest}. Start at step 0, or use a scheduler or table without such weights."
                 )
         if self._slope_source is None and any(what == "slope" for row in rows for what, _ in row):
             raise ValueError("This table weighs slopes: `attach` their source before `set_timesteps`.")
