@@ -458,8 +458,6 @@ def finish(
 ) -> None:
     """Save the sampler with a card, what it is worth on held-out noise and pictures, and publish it if asked."""
     scheduler = learned_scheduler(scheduler_config, origin | learned)
-    for steps in learned:
-        scheduler.set_timesteps(int(steps))
     scheduler.save_pretrained(args.output_dir)
     plot_tables({steps: origin[steps] for steps in learned}, learned, args.output_dir / "tables.png")
     base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
@@ -480,14 +478,23 @@ def finish(
         facts["Feature network"] = hub_id(args.feature_network) or Path(args.feature_network).name
     for name, values in worths.items():
         facts[f"Held-out {objective.name}, {name}"] = ", ".join(f"{n}: {worth:.5g}" for n, worth in values.items())
+    names, with_head = "GeniePipeline, GGDMScheduler", ""
+    if args.derivative_head is not None:
+        head = hub_id(args.derivative_head) or "path/to/derivative-head"
+        names = "GeniePipeline, GenieUNet2DModel, GGDMScheduler"
+        with_head = (
+            f'pipeline.unet = GenieUNet2DModel.from_unet(pipeline.unet, derivative_head="{head}")\n'
+            "pipeline.scheduler.attach(pipeline.unet)\n"
+        )
     card = create_model_card(
         repository,
         f"A sampler for {base} with {' or '.join(learned)} model calls, learned with genie_diffusers by "
         "differentiating through it. It is a table of numbers in `scheduler_config.json`; the model stays as it is.",
         usage=(
-            "from genie_diffusers import GeniePipeline, GGDMScheduler\n\n"
+            f"from genie_diffusers import {names}\n\n"
             f'pipeline = GeniePipeline.from_pretrained("{base}")\n'
             f'pipeline.scheduler = GGDMScheduler.from_pretrained("{repository}")\n'
+            f"{with_head}"
             f"images = pipeline(num_inference_steps={min(map(int, learned))}).images"
         ),
         facts=facts,
