@@ -250,7 +250,7 @@ def sample_by(
         output, slope = checkpoint(call, *arguments, use_reentrant=False) if rematerialise else call(*arguments)
         prediction = to_noise_prediction(output, sample, alpha, sigma, prediction_type)
         if learned.data_form:
-            prediction = (sample - sigma * prediction) / alpha
+            prediction = sample * (1 / alpha) - prediction * (sigma / alpha)  # keeps nothing new for the backward pass
         predictions.append(prediction)
         slopes.append(slope)
         history = {"sample": samples, "prediction": predictions, "slope": slopes}
