@@ -259,7 +259,7 @@ def sample_by(
             visit(index, weighed)
         row = rows[index].to(dtype)
         following = sum(weight * tensor for weight, tensor in zip(row, weighed, strict=True))
-        if learned.is_stochastic and index + 1 < len(learned):
+        if learned.is_stochastic:
             following = following + noise[index].to(dtype) * fresh[index]
         samples.append(following)
     return samples[-1]
