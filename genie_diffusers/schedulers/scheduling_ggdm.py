@@ -231,7 +231,7 @@ class GGDMScheduler(TableScheduler):
 
     def marginals(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        α_k and σ_k of x_k = α_k x_0 + σ_k z, k = K … 0, that the sampler has when every prediction is x_0 (Theorem 1).
+        α_k and σ_k of x_k = α_k x_0 + σ_k z, k = K … 0, that the sampler has when every prediction is x_0.
 
         A model meets at x_k what it was trained on where they are those of its process at t_k, which are
         `self.alphas` and `self.noise_stds`. DDPM and DDIM have that property; a learned sampler need not.
