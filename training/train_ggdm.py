@@ -464,7 +464,7 @@ def finish(
     repository = args.hub_model_id or args.output_dir.name
     facts = {
         "Base model": hub_id(args.pretrained_model_name_or_path) or "a local folder",
-        "Model calls": ", ".join(origin | learned),
+        "Model calls": ", ".join(sorted(origin | learned, key=int)),
         "Family": ", ".join(args.family) + (", marginals kept" if args.keep_marginals else ""),
         "Origin": f"{args.origin}, {args.time_grid}" if args.origin in ORIGINS else "an earlier result",
         "Objective": objective.name,
