@@ -22,13 +22,14 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepSc
 from torch.autograd.functional import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from genie_diffusers import DerivativeHead, ExactSlope, GenieScheduler, GenieUNet2DModel
+from genie_diffusers import DerivativeHead, ExactSlope, GenieScheduler, GenieUNet2DModel, StepHead
 from genie_diffusers.cli import PACKAGED_MODEL
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
 from train_genie_head import SlopeDistillation  # noqa: E402
 
+PACKAGED_HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 #: the architecture of google/ddpm-cifar10-32, with random weights: timing needs no others
 DDPM_CIFAR10_32 = {
     "sample_size": 32,
@@ -56,19 +57,24 @@ def medians(repeats: int, **functions: Callable[[], object]) -> dict[str, float]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def model_costs(model: GenieUNet2DModel, batch_size: int, repeats: int) -> dict[str, float]:
-    """The head, the exact slope, and one training step of the head, against a forward pass of the UNet."""
+def model_costs(
+    plain: UNet2DModel, head: DerivativeHead, step_head: StepHead, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Both heads, the exact slope, and a training step of a derivative head, against a forward pass of the UNet."""
     torch.manual_seed(0)
     scheduler = GenieScheduler()
-    unet, head = model.eval().requires_grad_(False), model.derivative_head.requires_grad_(True)
+    plain.eval().requires_grad_(False)
+    unet = model = GenieUNet2DModel.from_unet(plain, head)
+    with_step_head = GenieUNet2DModel.from_unet(plain, step_head)
     classes = unet.config.num_class_embeds
     labels = None if classes is None else torch.arange(batch_size) % (classes - 1)
     sample = torch.randn(batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     timestep = torch.tensor(500)
     exact = ExactSlope(model)
     exact.bind(scheduler.process, "epsilon")
-    source = model.slope_source
-    source.bind(scheduler.process, "epsilon")
+    sources = [model.slope_source, with_step_head.slope_source]
+    for source in sources:
+        source.bind(scheduler.process, "epsilon")
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
@@ -76,8 +82,12 @@ def model_costs(model: GenieUNet2DModel, batch_size: int, repeats: int) -> dict[
 
     prediction = forward()
 
-    def head_slope():
-        source(sample, prediction, 500.0)
+    with torch.no_grad():
+        with_step_head(sample, timestep, class_labels=labels)  # what the step head reads
+
+    @torch.no_grad()
+    def head_slope(source=sources[0]):
+        source(sample, prediction, 500.0, step=0.5, history_slope=prediction)
 
     def exact_step():
         exact(sample, forward(), 500.0)
@@ -105,6 +115,7 @@ def model_costs(model: GenieUNet2DModel, batch_size: int, repeats: int) -> dict[
         repeats,
         forward=forward,
         head=head_slope,
+        step_head=lambda: head_slope(sources[1]),
         exact_slope_step=exact_step,
         forward_mode_training=forward_mode_training,
         double_backward_training=double_backward_training,
@@ -113,9 +124,11 @@ def model_costs(model: GenieUNet2DModel, batch_size: int, repeats: int) -> dict[
     return {
         "parameters": unet.num_parameters() - head.num_parameters(),
         "head_parameters": head.num_parameters(),
+        "step_head_parameters": step_head.num_parameters(),
         "batch_size": batch_size,
         "forward_seconds": seconds["forward"],
         "head_per_forward": seconds["head"] / seconds["forward"],
+        "step_head_per_forward": seconds["step_head"] / seconds["forward"],
         "exact_slope_step_per_forward": seconds["exact_slope_step"] / seconds["forward"],
         "double_backward_per_forward_mode_training_step": seconds["double_backward_training"]
         / seconds["forward_mode_training"],
@@ -190,9 +203,10 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "cost.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    packaged = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet")
+    packaged = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float()
+    packaged_head = DerivativeHead.from_pretrained(PACKAGED_HEAD).float()
     large = UNet2DModel(**DDPM_CIFAR10_32)
-    large = GenieUNet2DModel.from_unet(large, DerivativeHead.for_unet(large))
+    large_heads = DerivativeHead.for_unet(large), StepHead.for_unet(large)
     results = {
         "command": "python benchmarks/cost.py",
         "environment": {
@@ -202,8 +216,8 @@ def main():
             "threads": args.threads,
         },
         "step": step_costs(20 * args.repeats),
-        "google/ddpm-cifar10-32 (random weights)": model_costs(large, 4, args.repeats),
-        "packaged ddpm-cifar10-16": model_costs(packaged, 16, args.repeats),
+        "google/ddpm-cifar10-32 (random weights)": model_costs(large, *large_heads, 4, args.repeats),
+        "packaged ddpm-cifar10-16": model_costs(packaged, packaged_head, packaged.derivative_head, 16, args.repeats),
     }
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")

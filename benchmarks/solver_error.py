@@ -28,6 +28,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, GGDMScheduler, QuasiTaylorScheduler
@@ -254,19 +255,23 @@ def write_table(results: dict, calls: list[int], command: str, settings: dict, p
 
 
 def plot(results: dict, path: Path):
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name, row in results.items():
-        if not row or "exact" in name or max(cell["error"] for cell in row.values()) > 3:
-            continue
-        style = {"linewidth": 0.9, "linestyle": "--"} if name in PEERS else {"linewidth": 1.8}
-        axes.loglog([int(n) for n in row], [cell["error"] for cell in row.values()], marker=".", label=name, **style)
+    shown = [name for name in results if results[name] and "exact" not in name]  # those are far above all others
+    peers, ours = [name for name in shown if name in PEERS], [name for name in shown if name not in PEERS]
+    styles = {
+        name: {"color": f"C{i}", "linewidth": 0.9, "linestyle": "--", "marker": "."} for i, name in enumerate(peers)
+    }
+    styles |= {name: {"color": colormaps["Dark2"](i), "linewidth": 1.8, "marker": "s"} for i, name in enumerate(ours)}
+    for name, style in styles.items():
+        row = results[name]
+        axes.loglog([int(n) for n in row], [cell["error"] for cell in row.values()], label=name, markersize=5, **style)
     ticks = sorted({int(n) for row in results.values() for n in row})
     axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel="model calls", ylabel="relative error to the converged solution")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

@@ -74,7 +74,7 @@ Classes = Annotated[str | None, typer.Option(help=CLASSES_HELP)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Number of pictures. [default: that of --classes, or 8]")]
 Guidance = Annotated[float, typer.Option(help="Weight of classifier-free guidance; 1 is none.")]
 Grid = Annotated[str | None, typer.Option(help=GRID_HELP)]
-Head = Annotated[str | None, typer.Option(help="Folder or Hub id of a derivative head for the UNet.")]
+Head = Annotated[str | None, typer.Option(help="Folder or Hub id of a head for the UNet.")]
 Device = Annotated[str | None, typer.Option(help="Where to sample. [default: cuda if there is one, else cpu]")]
 Output = Annotated[Path, typer.Option(help="The .png file to write.")]
 

@@ -41,7 +41,7 @@ class UNetHead(ModelMixin, ConfigMixin):
         for name, value in found.items():
             if self.config[name] != value:
                 raise ValueError(
-                    f"This derivative head needs a UNet with {name} {self.config[name]}, this one has {value}."
+                    f"This head needs a UNet with {name} {self.config[name]}, this one has {value}."
                 )
         if not self.matches(unet):
             logger.warning(
@@ -63,7 +63,7 @@ class UNetHead(ModelMixin, ConfigMixin):
         """
         if prediction_type != self.config.prediction_type:
             raise ValueError(
-                f"This derivative head is for a model with `prediction_type={self.config.prediction_type!r}`, the "
+                f"This head is for a model with `prediction_type={self.config.prediction_type!r}`, the "
                 f"scheduler has {prediction_type!r}."
             )
         own = VariancePreserving.from_config(self.config.process or {})
@@ -71,7 +71,7 @@ class UNetHead(ModelMixin, ConfigMixin):
         probe = torch.linspace(own.timestep_min, own.timestep_max, 33).numpy()
         if not same or abs(own.log_snr(probe) - process.log_snr(probe)).max() > 1e-3:
             raise ValueError(
-                "This derivative head was distilled for another noise schedule than the scheduler's: "
+                "This head was distilled for another noise schedule than the scheduler's: "
                 + json.dumps(self.config.process or {})
             )
 

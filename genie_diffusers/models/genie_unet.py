@@ -1,4 +1,4 @@
-"""UNets that carry a derivative head. Their output is that of the plain UNet."""
+"""UNets that carry a head. Their output is that of the plain UNet."""
 
 import inspect
 import os
@@ -27,7 +27,7 @@ class HeadSlope:
 
     def __init__(self, unet: "_GenieUNet"):
         if unet.derivative_head is None:
-            raise ValueError(f"This `{type(unet).__name__}` has no derivative head; build it with `from_unet`.")
+            raise ValueError(f"This `{type(unet).__name__}` has no head; build it with `from_unet`.")
         self._unet, self._head = unet, unet.derivative_head
         self._check = RunCheck()
 
@@ -86,7 +86,7 @@ class HeadSlope:
 
 
 class _GenieUNet(torch.nn.Module):
-    """What a UNet with a derivative head adds to diffusers' UNet, whichever that is."""
+    """What a UNet with a head adds to diffusers' UNet, whichever that is."""
 
     # of diffusers' UNets
     register_to_config: Callable
@@ -114,7 +114,7 @@ class _GenieUNet(torch.nn.Module):
         self._features = args[0]
 
     def forward(self, sample: torch.Tensor, *args, **kwargs):
-        """The forward method of the plain UNet; what the derivative head reads is kept until the next call."""
+        """The forward method of the plain UNet; what the head reads is kept until the next call."""
         output = super().forward(sample, *args, **kwargs)
         self.last_call = {
             "sample": sample,
@@ -134,7 +134,7 @@ class _GenieUNet(torch.nn.Module):
         cls: type[Model], unet: UNet2DModel, derivative_head: UNetHead | str | os.PathLike, **kwargs
     ) -> Model:
         """
-        The same UNet with a derivative head. Its weights are shared with `unet`, not copied.
+        The same UNet with a head. Its weights are shared with `unet`, not copied.
 
         Args:
             unet: The plain UNet.

@@ -15,7 +15,7 @@ class GeniePipeline(DiffusionPipeline):
     """
     Pipeline for unconditional and class-conditional image generation.
 
-    If the UNet has a derivative head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
+    If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
     are attached when the pipeline is built. A scheduler that is assigned later samples without the head until
     `pipe.scheduler.attach(pipe.unet)`. Every scheduler of diffusers works too.
 

@@ -145,13 +145,13 @@ def test_variances_that_the_unet_also_predicts_are_none_of_the_heads_business(un
     model = GenieUNet2DModel.from_unet(plain, head_for(plain))
     scheduler = GenieScheduler(variance_type="learned_range")
     scheduler.attach(model)
-    scheduler.set_timesteps(3)
+    scheduler.set_timesteps(20)
     t = scheduler.timesteps[0]
     parts = denoise(model, x.repeat(branches, 1, 1, 1), BRANCH_LABELS[: 2 * branches], t).chunk(branches)
     with_variances = parts[0] + 3.0 * (parts[-1] - parts[0])
     by_head = scheduler.step(with_variances, t, x).prev_sample
     scheduler.attach(None)
-    scheduler.set_timesteps(3)
+    scheduler.set_timesteps(20)
     assert by_head.shape == x.shape
     assert not torch.allclose(by_head, scheduler.step(with_variances, t, x).prev_sample)
 
@@ -186,9 +186,9 @@ def test_the_folder_of_a_plain_unet_loads_without_a_head(unet, noise, tmp_path):
     x = noise(2, 2, 8, 8)
     assert torch.equal(denoise(model, x), denoise(unet(), x))
     assert model.derivative_head is None
-    with pytest.raises(ValueError, match="no derivative head"):
+    with pytest.raises(ValueError, match="no head"):
         _ = model.slope_source
-    with pytest.raises(ValueError, match="no derivative head"):
+    with pytest.raises(ValueError, match="no head"):
         GenieScheduler().attach(model)
 
 

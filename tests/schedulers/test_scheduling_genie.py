@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from scipy.integrate import quad
 
 from genie_diffusers import GenieScheduler
 
@@ -236,3 +238,35 @@ def test_clipping_never_waits_for_the_device(clipping):
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'euler'"):
         GenieScheduler(method="euler").set_timesteps(5)
+
+
+@pytest.mark.parametrize("order", [0, 5, 2.5])
+def test_an_impossible_order_is_refused(order):
+    with pytest.raises(ValueError, match="interpolation_order"):
+        GenieScheduler(interpolation_order=order).set_timesteps(5)
+
+
+def test_long_steps_integrate_a_straight_prediction_as_documented():
+    """D is a straight line in λ: all of the kernel where λ > 0, its mean before, and no line near pure noise."""
+    scheduler = GenieScheduler(time_grid="uniform_lambda")
+    kinds = set()
+    for steps in (4, 8):
+        scheduler.set_timesteps(steps)
+        lambdas, sigmas = scheduler.lambdas, scheduler.noise_stds
+        for index in range(1, steps - 1):
+            start, end = lambdas[index : index + 2]
+            assert end - start >= 0.75, "every step of this test is long"
+            line = {lag: 0.3 - 0.2 * lambdas[index - lag] for lag in range(2)}
+            row = scheduler.table[index]
+            predicted = sum(weight * line[lag] for (what, lag), weight in row.items() if what == "prediction")
+            kernel_mean = quad(np.exp, start, end)[0] / (end - start)
+            if start < -2.5 and end - start >= 1.5:
+                kind, expected = "straight", line[0] * quad(np.exp, start, end)[0]
+            elif start < 0:
+                kind, expected = "mean", kernel_mean * quad(lambda u: 0.3 - 0.2 * u, start, end)[0]
+            else:
+                kind, expected = "exact", quad(lambda u: np.exp(u) * (0.3 - 0.2 * u), start, end)[0]
+            assert row["sample", 0] == pytest.approx(sigmas[index + 1] / sigmas[index], rel=1e-12)
+            assert predicted == pytest.approx(sigmas[index + 1] * expected, rel=1e-10)
+            kinds.add(kind)
+    assert kinds == {"straight", "mean", "exact"}
