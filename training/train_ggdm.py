@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--time_grid", default="uniform_lambda", help="Timesteps of `--origin`.")
     add("--eta", type=float, default=0.0, help="Of `--origin ddim`; 1 is DDPM.")
-    add("--objective", choices=["kernel", "trajectory"], default="kernel", help="What is minimised.")
+    add("--objective", choices=["kernel", "trajectory"], default="trajectory", help="What is minimised.")
     add(
         "--family",
         type=lambda text: text.split(","),

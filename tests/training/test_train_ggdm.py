@@ -329,6 +329,7 @@ def arguments(base, classifier, output_dir, **named) -> list[str]:
         "feature_network": classifier,
         "output_dir": output_dir,
         "num_inference_steps": "2,3",
+        "objective": "kernel",
         "origin": "ddim",
         "family": "states,history,time,noise",
         "validation_samples": 8,
