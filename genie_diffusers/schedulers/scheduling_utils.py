@@ -547,11 +547,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise ValueError("`set_timesteps` must be called before `step`.")
         if self._step_index is None:
-            self._step_index = self._begin_index
-            if self._step_index is None:
-                self._step_index = self.index_for_timestep(timestep)
-            if self._step_index != self._built_for:
-                self._build(self._step_index)
+            begin = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            if begin != self._built_for:
+                self._build(begin)
+            self._step_index = begin
         if self._step_index >= self.num_inference_steps:
             raise ValueError(
                 f"All {self.num_inference_steps} steps are taken; call `set_timesteps` before sampling again."
