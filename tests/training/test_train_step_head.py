@@ -74,8 +74,11 @@ def losses(output_dir: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory) -> Path:
+    """Four steps of training, whose network is kept whether it helps or not."""
     output_dir = tmp_path_factory.mktemp("run") / "solver"
-    train(base, output_dir, max_guidance_scale=3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step_head, "keep_what_helps", lambda *args: None)
+        train(base, output_dir, max_guidance_scale=3.0)
     return output_dir
 
 
@@ -118,6 +121,27 @@ def test_head_has_a_table_for_each_number_of_calls_and_works_in_those_it_is_for(
     assert head.config.process["num_train_timesteps"] == 1000 and len(head.config.fingerprint) == 8
     assert head.conv_out.weight.norm() > 0
     assert not any((trained / name).exists() for name in ("unet", "model_index.json"))
+
+
+def test_the_network_is_left_out_of_the_tables_that_are_better_alone(base, trained):
+    unet = UNet2DModel.from_pretrained(base, subfolder="unet").requires_grad_(False)
+    config = GenieScheduler.load_config(base, subfolder="scheduler")
+    args = train_step_head.parse_args(arguments(base, trained))
+    kept = []
+    for sign in (1.0, -1.0):  # a small constant added to all pictures brings them closer with one sign of the two
+        head = StepHead.from_pretrained(trained)
+        tables = {
+            steps: {**table, "residuals": [0.0] * (int(steps) - 1) + [1e-3]}
+            for steps, table in head.config.tables.items()
+        }
+        head.register_to_config(tables=tables)
+        torch.nn.init.zeros_(head.conv_out.weight)
+        torch.nn.init.constant_(head.conv_out.bias, sign)
+        model = GenieUNet2DModel.from_unet(unet, head)
+        train_step_head.keep_what_helps(args, model, head, config, CPU)
+        kept.append({steps: any(table["residuals"]) for steps, table in head.config.tables.items()})
+    assert kept[0]["2"] != kept[1]["2"] and kept[0]["3"] != kept[1]["3"]
+    assert kept[0]["4"] and kept[1]["4"], "4 calls are not among those of the network"
 
 
 def test_card_shows_the_errors_and_how_to_use_the_head(trained):
