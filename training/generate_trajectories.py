@@ -47,15 +47,15 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scheduler",
         default="GenieScheduler",
-        help="The solver, a deterministic scheduler of genie_diffusers or diffusers. Default: the first, with the step "
-        "head of the model if it has one.",
+        help="The solver, a deterministic scheduler of genie_diffusers or diffusers. Default: GenieScheduler, with "
+        "the step head of the model if it has one.",
     )
     add(
         "--scheduler_options",
         type=json.loads,
         default={},
-        help='Its configuration where it differs from the model\'s, as JSON. Default: `{"time_grid": "uniform_lambda"}` '
-        "for GenieScheduler. Clipping is off.",
+        help="Its configuration where it differs from the model's, as JSON. Clipping is off, and the time grid of "
+        "GenieScheduler is uniform_lambda.",
     )
     add("--num_inference_steps", type=int, default=20, help="Steps of the solver.")
     add("--num_time_points", type=int, default=4, help="States of a solution, the picture included.")
@@ -130,8 +130,8 @@ class Teacher:
         visited = sorted({float(t) for t in self.scheduler.timesteps}, reverse=True)
         if not all(visited[-1] <= t <= visited[0] for t in self.solution_timesteps[:-1]):
             raise ValueError(
-                f"`--num_inference_steps` must be such that the time points {self.solution_timesteps[:-1]} lie between "
-                f"the first and the last model call; {self.steps} of {args.scheduler} are at {visited}."
+                f"`--num_inference_steps` must be such that the time points {self.solution_timesteps[:-1]} lie "
+                f"between the first and the last model call; {self.steps} of {args.scheduler} are at {visited}."
             )
         after = [next(i for i, v in enumerate(visited) if v <= t) for t in self.solution_timesteps[:-1]]
         #: the two model calls around each time point but the last

@@ -129,7 +129,8 @@ class DSNOUNet2DModel(UNet2DModel):
         largest = len(timesteps) // 2 + 1
         if not 0 <= modes <= largest:
             raise ValueError(
-                f"`modes` must be between 0 and {largest}, the frequencies of {len(timesteps)} time points, got {modes}."
+                f"`modes` must be between 0 and {largest}, the frequencies of {len(timesteps)} time points, got "
+                f"{modes}."
             )
         self.register_to_config(
             solution_timesteps=[float(t) for t in solution_timesteps],
@@ -258,7 +259,7 @@ def jump_weights(
     process: VariancePreserving, prediction_type: str, timestep: float, solution_timestep: float
 ) -> tuple[float, float]:
     """
-    Weights of x and the model output F(x, τ) in the DDIM step from τ to t: α_t D + σ_t ε (Song et al., 2021, Eq. (12)).
+    Weights of x and the model output F(x, τ) in the DDIM step from τ to t: α_t D + σ_t ε (Song et al., 2021, (12)).
 
     Args:
         process ([`VariancePreserving`]): The diffusion.
@@ -278,6 +279,4 @@ def jump_weights(
         return sigma_t / sigma, alpha_t - sigma_t * alpha / sigma
     if prediction_type == "v_prediction":  # D = α x − σ F, ε = σ x + α F
         return alpha_t * alpha + sigma_t * sigma, sigma_t * alpha - alpha_t * sigma
-    raise ValueError(
-        f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}."
-    )
+    raise ValueError(f"`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got {prediction_type!r}.")
