@@ -215,17 +215,19 @@ def check_shard(path: Path, rows: int) -> None:
     Raises:
         DamagedShardError: If it does not hold the `rows` solutions that were written.
     """
+    if not path.exists():
+        raise DamagedShardError(f"{path.name} is missing")
     try:
         with safe_open(path, framework="pt") as file:
             for name, checksum in (file.metadata() or {}).items():
                 tensor = file.get_tensor(name)
                 if _checksum(tensor) != int(checksum):
-                    raise DamagedShardError(f"{path} is damaged: {name} is not what was written.")
+                    raise DamagedShardError(f"{path.name} is damaged: `{name}` is not what was written")
             found = file.get_slice("trajectory").get_shape()[0]
     except (SafetensorError, OSError) as error:
-        raise DamagedShardError(f"{path} is damaged or missing: {error}") from error
+        raise DamagedShardError(f"{path.name} is damaged: {error}") from error
     if found != rows:
-        raise DamagedShardError(f"{path} must hold {rows} solutions, got {found}.")
+        raise DamagedShardError(f"{path.name} must hold {rows} solutions, got {found}")
 
 
 def _checksum(tensor: torch.Tensor) -> int:
@@ -268,13 +270,13 @@ class TrajectoryStream(torch.utils.data.Dataset):
                 damaged.append(str(error))
                 continue
             self.places += [(path, row) for row in range(rows)]
-        message = f"{'; '.join(damaged)} Run generate_trajectories.py again to replace them"
+        message = f"In {folder}, {'; '.join(damaged)}. Run generate_trajectories.py again to replace them"
         if damaged and not skip_damaged_shards:
             raise DamagedShardError(f"{message}, or pass `--skip_damaged_shards`.")
         if not self.places:
             raise DamagedShardError(f"No shard is left. {message}.")
         if damaged:
-            logger.warning(f"Skipped {len(damaged)} shards. {message}.")
+            logger.warning(f"{len(damaged)} shards are skipped. {message}.")
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._open: dict[Path, Any] = {}
 

@@ -79,6 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--lr_gamma", type=float, default=0.5)
     add("--sample_steps", type=int, help="Log a grid of pictures every so many steps. Default: only at the end.")
+    add("--dataloader_num_workers", type=int, default=0)
     add("--solve_batch_size", type=int, default=64, help="Batch size where nothing is trained.")
     add_training_arguments(parser)
     return parser.parse_args(argv)
@@ -306,14 +307,14 @@ def start_operator(
 
 def main(args: argparse.Namespace) -> None:
     check(args)
+    accelerator = start_accelerator(args)
+    set_seed(args.seed)  # the same in all processes, whose operators start alike
+    device = accelerator.device
     stream, columns = None, None
     if args.trajectories is not None:
         stream = TrajectoryStream(args.trajectories, args.seed, args.skip_damaged_shards)
         for name in ("scheduler", "scheduler_options", "num_inference_steps", "guidance_scale", "label_dropout"):
             setattr(args, name, stream.facts[name])
-    accelerator = start_accelerator(args)
-    set_seed(args.seed)  # the same in all processes, whose operators start alike
-    device = accelerator.device
     teacher = Teacher(args, device)
     if stream is not None:
         columns = choose_columns(stream.facts["solution_timesteps"], teacher.solution_timesteps)

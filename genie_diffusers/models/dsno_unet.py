@@ -227,7 +227,8 @@ class DSNOUNet2DModel(UNet2DModel):
         )
         weights = unet.state_dict()
         model.load_state_dict({name: weights.get(name, own) for name, own in model.state_dict().items()})
-        return model.to(device=unet.device, dtype=unet.dtype).train(unet.training)
+        # `ModelMixin.to` warns about float32 modules whenever it is given a dtype.
+        return torch.nn.Module.to(model, device=unet.device, dtype=unet.dtype).train(unet.training)
 
     def forward(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
@@ -242,7 +243,7 @@ class DSNOUNet2DModel(UNet2DModel):
         """
         points = self.num_time_points
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        timesteps = torch.tensor(self.config.timesteps, device=sample.device).repeat(len(sample))
+        timesteps = torch.tensor(self.config.timesteps, device=sample.device).repeat(sample.shape[0])
         if class_labels is not None:
             class_labels = class_labels.repeat_interleave(points)
         output = super().forward(
