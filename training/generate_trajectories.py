@@ -28,8 +28,9 @@ import genie_diffusers
 from genie_diffusers import GenieScheduler, GenieUNet2DModel, VariancePreserving
 from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.models.exact_slope import to_noise_prediction
+from genie_diffusers.schedulers.interpolation import interpolation_weights
 from genie_diffusers.schedulers.time_grids import TIME_GRIDS, time_grid
-from train_step_head import Noises, hermite_interpolation, predict
+from train_step_head import Noises, predict
 
 logger = get_logger(__name__)
 
@@ -128,14 +129,23 @@ class Teacher:
         self.steps = args.num_inference_steps
         self.scheduler.set_timesteps(self.steps, device=device)
         visited = sorted({float(t) for t in self.scheduler.timesteps}, reverse=True)
-        if not all(visited[-1] <= t <= visited[0] for t in self.solution_timesteps[:-1]):
+        points = self.solution_timesteps[:-1]
+        if not all(visited[-1] <= t <= visited[0] for t in points):
             raise ValueError(
-                f"`--num_inference_steps` must be such that the time points {self.solution_timesteps[:-1]} lie "
-                f"between the first and the last model call; {self.steps} of {args.scheduler} are at {visited}."
+                f"`--num_inference_steps` must be such that the time points {points} lie between the first and the "
+                f"last model call; {self.steps} of {args.scheduler} are at {visited}."
             )
-        after = [next(i for i, v in enumerate(visited) if v <= t) for t in self.solution_timesteps[:-1]]
-        #: the two model calls around each time point but the last
-        self.around = [(visited[max(i - 1, 0)], visited[max(i, 1)]) for i in after]
+        ends = [max(1, next(i for i, v in enumerate(visited) if v <= t)) for t in points]
+        #: for each time point but the last, the two model calls around it and the weights of what is known there
+        self.rows = [
+            self._row(visited[max(i - 1, 0)], visited[max(i, 1)], t) for i, t in zip(after, points, strict=True)
+        ]
+
+    def _row(self, start: float, end: float, t: float) -> tuple[float, float, list[float]]:
+        """The weights of x and dx/dλ at `start` and `end` in the cubic's value at `t`."""
+        first, last, here = self.process.log_snr([start, end, t]).tolist()
+        nodes, powers = [0.0, 0.0, last - first, last - first], [(here - first) ** m for m in range(4)]
+        return start, end, interpolation_weights(nodes, [0, 1, 0, 1], powers).tolist()
 
     def facts(self, args: argparse.Namespace) -> dict[str, Any]:
         """What a folder of its solutions has to remember."""
@@ -172,7 +182,7 @@ class Teacher:
         """The states at the time points, of shape `(batch, time, channels, height, width)`."""
         self.scheduler.set_timesteps(self.steps, device=noises.noise.device)
         sample, visited = noises.noise * self.scheduler.init_noise_sigma, {}
-        needed = {timestep for pair in self.around for timestep in pair}
+        needed = {timestep for start, end, _ in self.rows for timestep in (start, end)}
         for t in self.scheduler.timesteps:
             model_input = self.scheduler.scale_model_input(sample, t)
             output = predict(self.unet, model_input, t, noises)
@@ -180,12 +190,12 @@ class Teacher:
                 alpha, sigma = float(self.process.alpha(float(t))), float(self.process.sigma(float(t)))
                 kind = self.config.get("prediction_type", "epsilon")
                 noise = to_noise_prediction(output, model_input, alpha, sigma, kind)
-                visited[float(t)] = model_input, sigma**2 * model_input - sigma * noise  # x and dx/dλ
+                visited[float(t)] = [model_input, sigma**2 * model_input - sigma * noise]  # x and dx/dλ
             sample = self.scheduler.step(output, t, sample).prev_sample
-        states = []
-        for t, (start, end) in zip(self.solution_timesteps[:-1], self.around, strict=True):
-            log_snrs = (float(self.process.log_snr(point)) for point in (start, end, t))
-            states.append(hermite_interpolation(visited[start], visited[end], *log_snrs))
+        states = [
+            sum(weight * tensor for weight, tensor in zip(weights, visited[start] + visited[end], strict=True))
+            for start, end, weights in self.rows
+        ]
         return torch.stack([*states, sample], dim=1)
 
 

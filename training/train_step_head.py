@@ -204,17 +204,11 @@ class Trajectories:
         if np.isinf(log_snr):
             return self.states[:, -1]
         index = int(np.clip(np.searchsorted(self.log_snrs, log_snr) - 1, 0, len(self.log_snrs) - 3))
-        start, end = ((self.states[:, i], self.velocities[:, i]) for i in (index, index + 1))
-        return hermite_interpolation(start, end, *self.log_snrs[index : index + 2], log_snr)
-
-
-def hermite_interpolation(start, end, start_log_snr: float, end_log_snr: float, log_snr: float) -> torch.Tensor:
-    """x at λ from (x, dx/dλ) at two points, cubic in λ."""
-    width = float(end_log_snr - start_log_snr)
-    u = float(log_snr - start_log_snr) / width
-    (x_0, v_0), (x_1, v_1) = start, end
-    values = (2 * u**3 - 3 * u**2 + 1) * x_0 + (3 * u**2 - 2 * u**3) * x_1
-    return values + width * ((u**3 - 2 * u**2 + u) * v_0 + (u**3 - u**2) * v_1)
+        width = float(self.log_snrs[index + 1] - self.log_snrs[index])
+        u = float(log_snr - self.log_snrs[index]) / width
+        (x_0, x_1), (v_0, v_1) = (values[:, index : index + 2].unbind(1) for values in (self.states, self.velocities))
+        values = (2 * u**3 - 3 * u**2 + 1) * x_0 + (3 * u**2 - 2 * u**3) * x_1
+        return values + width * ((u**3 - 2 * u**2 + u) * v_0 + (u**3 - u**2) * v_1)
 
 
 def relative_error(sample: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

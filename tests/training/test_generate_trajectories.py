@@ -142,8 +142,7 @@ def test_states_between_model_calls_are_as_exact_as_those_at_them(exact_teacher)
     index = next(i for i, t in enumerate(visited) if t < 300)
     errors = []
     for t in (float(visited[index]), visited[index] + 0.4 * (visited[index - 1] - visited[index])):
-        teacher.solution_timesteps = [t, -1.0]
-        teacher.around = [(float(visited[index - 1]), float(visited[index]))]
+        teacher.rows = [teacher._row(float(visited[index - 1]), float(visited[index]), t)]
         errors.append((teacher.solve(noises)[:, 0] - teacher.unet.state(noises.noise, t)).abs().max())
     assert errors[0] < 1e-3 and errors[1] < 1.5 * errors[0] + 1e-4
 
