@@ -137,9 +137,7 @@ class Teacher:
             )
         ends = [max(1, next(i for i, v in enumerate(visited) if v <= t)) for t in points]
         #: for each time point but the last, the two model calls around it and the weights of what is known there
-        self.rows = [
-            self._row(visited[max(i - 1, 0)], visited[max(i, 1)], t) for i, t in zip(after, points, strict=True)
-        ]
+        self.rows = [self._row(visited[i - 1], visited[i], t) for i, t in zip(ends, points, strict=True)]
 
     def _row(self, start: float, end: float, t: float) -> tuple[float, float, list[float]]:
         """The weights of x and dx/dλ at `start` and `end` in the cubic's value at `t`."""
