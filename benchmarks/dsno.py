@@ -70,8 +70,9 @@ def cpu_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
         for name, function in functions.items():
             start = time.process_time()
             function()
+            seconds = time.process_time() - start
             if repeat:  # the first is a warm-up
-                found[name].append(time.process_time() - start)
+                found[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
