@@ -178,14 +178,14 @@ def draw_trajectories(
     reference: torch.Tensor, states: torch.Tensor, points: list[float], path: Path, columns: int = 10
 ):
     """The teacher's states and the operator's from the same noises, a pair of rows for each time point."""
-    figure = Figure(figsize=(0.9 * columns + 1.4, 0.9 * 2 * len(points)), layout="constrained")
-    axes = figure.subplots(2 * len(points), columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    figure = Figure(figsize=(0.7 * columns + 1.4, 1.4 * len(points)), layout="constrained")
+    axes = iter(figure.subplots(2 * len(points), 1, subplot_kw={"xticks": [], "yticks": []}))
     for m, t in enumerate(points):
-        for row, (name, of) in enumerate((("teacher", reference), ("operator", states))):
-            axes[2 * m + row][0].set_ylabel(f"t = {t:g}\n{name}", rotation=0, ha="right", va="center", fontsize=8)
-            for column in range(columns):
-                pixels = (of[column, m].clamp(-1, 1) + 1) / 2
-                axes[2 * m + row][column].imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for name, of in (("teacher", reference), ("operator", states)):
+            row = next(axes)
+            row.set_ylabel(f"t = {t:g}\n{name}", rotation=0, ha="right", va="center", fontsize=8)
+            pixels = (torch.cat(of[:columns, m].unbind(), dim=-1).clamp(-1, 1) + 1) / 2
+            row.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
     figure.savefig(path, dpi=100)
 
 
@@ -194,12 +194,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--model", default=PACKAGED_MODEL, help="The teacher: folder or Hub id of a pipeline.")
     parser.add_argument("--operator", default=str(PACKAGED_OPERATOR), help="Folder or Hub id of a `DSNOPipeline`.")
     parser.add_argument("--plain", help="That of a plain regression, trained with one time point and no modes.")
-    parser.add_argument("--noises", type=int, default=256, help="Held-out noises that errors are stated on.")
+    parser.add_argument("--noises", type=int, default=128, help="Held-out noises that errors are stated on.")
     parser.add_argument("--teacher_noises", type=int, default=64, help="Noises that solvers are compared on.")
     parser.add_argument("--teacher_calls", type=int, nargs="+", default=[15, 20, 25, 30], help="Of our solver there.")
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 3, 4, 5, 8, 20], help="Of the solver.")
     parser.add_argument("--quality_calls", type=int, nargs="+", default=[1, 2, 4, 8, 20])
-    parser.add_argument("--num_samples", type=int, default=2000, help="Pictures of each quality.")
+    parser.add_argument("--num_samples", type=int, default=1000, help="Pictures of each quality.")
     parser.add_argument("--repeats", type=int, default=11, help="Timings of each call.")
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)

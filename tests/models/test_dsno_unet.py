@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,14 @@ def test_spectral_weights_of_all_kept_frequencies_are_learned(unet, noise):
     model(noise(2, 2, 8, 8), LABELS).trajectory.square().mean().backward()
     for layer in model.temporal_layers:
         assert (layer.weight.grad[0, ..., 0].abs().max() > 0) and (layer.weight.grad[1].abs().amax((0, 1)) > 0).all()
+
+
+def test_a_copy_has_temporal_layers_of_its_own(unet, noise):
+    model, x = with_large_temporal_weights(DSNOUNet2DModel.from_unet(unet())), noise(2, 2, 8, 8)
+    before, copied = draw(model, x), copy.deepcopy(model)
+    assert torch.equal(draw(copied, x), before)
+    without_temporal_weights(copied)
+    assert torch.equal(draw(model, x), before) and not torch.allclose(draw(copied, x), before)
 
 
 # --- precision, saving, compiling ------------------------------------------------------------------------------------
