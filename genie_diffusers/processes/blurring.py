@@ -47,9 +47,9 @@ class Blurring(LinearDiffusion):
     ):
         time_max = 1.008 * 2 / np.pi * np.arctan(self.GAMMA_MAX) - 0.004
         super().__init__(num_train_timesteps, time_min=1e-5, time_max=time_max)
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"`sample_size` must be a positive integer or a pair of them, got {sample_size}.")
+        size = tuple(sample_size) if isinstance(sample_size, Sequence) else (sample_size, sample_size)
+        if len(size) != 2 or not all(isinstance(length, int) and length >= 1 for length in size):
+            raise ValueError(f"`sample_size` must be a positive integer or a pair of them, got {sample_size!r}.")
         if not blur_sigma >= 0:
             raise ValueError(f"`blur_sigma` must not be negative, got {blur_sigma}.")
         if not 0 < blur_minimum <= 1:

@@ -181,8 +181,14 @@ class LinearDiffusion:
             ValueError: If a timestep is not between 0 and `timestep_max`, or the shapes do not fit.
         """
         self.check_state(noise)
+        state = self.state(original_samples)
+        if noise.shape != state.shape:
+            raise ValueError(
+                f"`noise` must have the shape {tuple(state.shape)} of the states of `original_samples`, got "
+                f"{tuple(noise.shape)}."
+            )
         mean, root = self._at(timesteps, noise, self.mean, self.root)
-        return self.combine([mean, root], [self.state(original_samples), noise])
+        return self.combine([mean, root], [state, noise])
 
     def score(self, noise_prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The score ∇ log p_t = −R^{−T} ε, for timesteps of shape `(batch,)` (gDDIM, Eq. 18)."""
@@ -199,7 +205,7 @@ class LinearDiffusion:
         on_host = timesteps.detach().cpu().double().numpy()
         if on_host.size and not (0.0 <= on_host.min() and on_host.max() <= self.timestep_max * (1 + 1e-6)):
             raise ValueError(
-                f"`timesteps` must lie between {self.timestep_min:g} and {self.timestep_max:g}, got "
+                f"`timesteps` must lie between 0 and {self.timestep_max:g}, got "
                 f"{on_host.min():g} to {on_host.max():g}."
             )
         return [torch.tensor(values(on_host), dtype=like.dtype, device=like.device) for values in functions]

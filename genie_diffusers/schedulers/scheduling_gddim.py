@@ -24,8 +24,10 @@ INTERPOLATIONS = ("timestep", "log_snr")
 PARAMETRIZATIONS = ("R", "L")
 MULTISTEP_ORDERS = (1, 2, 3, 4)
 
-#: Gauss–Legendre points and weights of one step; the integrals are then exact to at least ten digits
+#: Gauss–Legendre points and weights of one panel
 POINTS, QUADRATURE = np.polynomial.legendre.leggauss(32)
+#: what the quadrature of a step may miss of the integral that is known, and in how many rounds panels are halved
+TOLERANCE, HALVINGS = 1e-10, 8
 
 
 class LinearDiffusionScheduler(TableScheduler):
@@ -150,8 +152,13 @@ class LinearDiffusionScheduler(TableScheduler):
 
     def _integrals(self, index: int, nodes: Sequence[int]) -> np.ndarray:
         """The C_j of the step from point `index` to the next one, for predictions at the points `nodes`."""
-        start, end, times = self._point(index), self._point(index + 1), [self._point(node) for node in nodes]
-        return integral_weights(self.process, start, end, times, self.config.interpolation, self._parametrization)
+        key = (index, *nodes)  # rows and corrections share them
+        if key not in self._known_integrals:
+            start, end, times = self._point(index), self._point(index + 1), [self._point(node) for node in nodes]
+            self._known_integrals[key] = integral_weights(
+                self.process, start, end, times, self.config.interpolation, self._parametrization
+            )
+        return self._known_integrals[key]
 
     @property
     def _parametrization(self) -> str:
@@ -181,7 +188,9 @@ class LinearDiffusionScheduler(TableScheduler):
         return self.config.get("preconditioned", False)
 
     def _build(self, begin: int):
+        self._known_integrals: dict[tuple[int, ...], np.ndarray] = {}
         super()._build(begin)
+        self._known_integrals.clear()
         if self._preconditioned:
             scaling, _, _ = self.process.preconditioning(self._host_timesteps)
             self._rows["model_input"] = [{("sample", 0): weight} for weight in scaling]
@@ -380,9 +389,9 @@ def integral_weights(
         return process.log_snr(timesteps) if interpolation == "log_snr" else np.asarray(timesteps)
 
     origin, span = variable(start), variable(end) - variable(start)
-    times, quadrature = _quadrature(process, start, end)
-    transposed = inverse(square_root(process, times, parametrization)).swapaxes(-1, -2)
-    kernel = 0.5 * process.transition(end, times) @ process.diffusion(times) @ transposed
+    times, quadrature, kernel = _resolved(process, start, end)
+    if parametrization == "L":  # as smooth as that of R
+        kernel = _kernel(process, end, times, "L")
     powers = ((variable(times) - origin) / span) ** np.arange(len(nodes))[:, None]
     moments = np.tensordot(powers * quadrature, kernel, axes=1)
     if parametrization == "R":  # Ψ(s, τ) R_τ is the antiderivative of the kernel
@@ -435,8 +444,35 @@ def _collocated_gain(process: LinearDiffusion, start: float, end: float, eta: fl
     return identity + np.einsum("jab,jbc->ac", rate, inside)
 
 
-def _quadrature(process: LinearDiffusion, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+def _kernel(process: LinearDiffusion, end: float, times: np.ndarray, parametrization: str) -> np.ndarray:
+    """½ Ψ(s, τ) G Gᵀ K^{−T} at the timesteps τ."""
+    transposed = inverse(square_root(process, times, parametrization)).swapaxes(-1, -2)
+    return 0.5 * process.transition(end, times) @ process.diffusion(times) @ transposed
+
+
+def _quadrature(process: LinearDiffusion, start, end) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps and weights of ∫_start^end dτ, in the logarithm of the time since the data, where Σ is singular."""
     log_start, log_end = np.log(start - process.timestep_data), np.log(end - process.timestep_data)
     since_data = np.exp(log_start + (POINTS + 1) / 2 * (log_end - log_start))
     return process.timestep_data + since_data, QUADRATURE * since_data * (log_end - log_start) / 2
+
+
+def _resolved(process: LinearDiffusion, start: float, end: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Timesteps, weights and the kernel for K = R, whose antiderivative Ψ(s, τ) R_τ is known.
+
+    A panel that misses it is halved: in a long step of blurring, a frequency fades within a small part of it.
+    """
+    origin, edges = process.timestep_data, np.array([start, end])
+    for _ in range(HALVINGS):
+        times, weights = _quadrature(process, edges[:-1, None], edges[1:, None])
+        kernel = _kernel(process, end, times, "R")
+        exact = process.transition(end, edges) @ process.root(edges)
+        missed = np.diff(exact, axis=0) - np.einsum("pi,pi...->p...", weights, kernel)
+        tolerated = TOLERANCE * np.abs(exact).max(axis=(0, -1, -2), keepdims=True)
+        coarse = np.any(np.abs(missed) > tolerated, axis=tuple(range(1, missed.ndim)))
+        if not coarse.any():
+            break
+        middles = origin + np.sqrt((edges[:-1] - origin) * (edges[1:] - origin))
+        edges = np.insert(edges, np.flatnonzero(coarse) + 1, middles[coarse])
+    return times.ravel(), weights.ravel(), kernel.reshape(-1, *process.weight_shape)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -27,3 +29,12 @@ def test_adaptive_and_multistep_solutions_meet(pipes):
     noise = torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(SEEDS[0]))
     adaptive = gddim.runge_kutta(model, model.process.prior(noise.double()), 3e-3)
     assert (adaptive - precise).norm() < 0.25 * precise.norm()
+
+
+def test_the_table_is_that_of_the_measured_cells(tmp_path):
+    shutil.copy(gddim.RESULTS / "gddim.json", tmp_path)
+    gddim.main(["--only", "table", "--output_dir", str(tmp_path)])
+    table = (tmp_path / "gddim.md").read_text()
+    assert table == (gddim.RESULTS / "gddim.md").read_text()
+    page = (gddim.RESULTS.parents[1] / "docs" / "gddim.md").read_text()
+    assert table.split("## Fréchet distance\n\n")[1].split("\n\n")[0] in page

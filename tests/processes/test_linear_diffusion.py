@@ -230,6 +230,7 @@ def test_a_variance_preserving_denoiser_is_a_langevin_one_in_the_preconditioned_
         lambda: CriticallyDampedLangevin(initial_velocity_variance=0.0),
         lambda: Blurring((4, 4, 4)),
         lambda: Blurring(0),
+        lambda: Blurring(3.5),
         lambda: Blurring(4, blur_minimum=0.0),
         lambda: Blurring(4, blur_sigma=-1.0),
     ],
@@ -245,6 +246,13 @@ def test_timesteps_out_of_range_are_refused(name, timestep):
     process = PROCESSES[name]()
     with pytest.raises(ValueError, match="`timesteps` must lie between"):
         process.add_noise(pictures_of(process), state_of(process), torch.full((3,), timestep))
+
+
+@pytest.mark.parametrize("name", ["cld", "blurring"])
+def test_noise_of_another_shape_than_the_states_is_refused(name):
+    process = PROCESSES[name]()
+    with pytest.raises(ValueError, match="`noise` must have the shape"):
+        process.add_noise(pictures_of(process), state_of(process, channels=4), torch.full((3,), 5.0))
 
 
 def test_states_of_the_wrong_shape_are_refused():

@@ -202,7 +202,7 @@ def test_multistep_steps_as_deis_of_diffusers(noise, multistep_order):
 
 @pytest.mark.parametrize("parametrization", ["R", "L"])
 @pytest.mark.parametrize("process", [CriticallyDampedLangevin(), Blurring(SIZE)], ids=["cld", "blurring"])
-@pytest.mark.parametrize("step", [(900.0, 700.0), (60.0, 5.0), (30.0, None)], ids=str)
+@pytest.mark.parametrize("step", [(900.0, 700.0), (60.0, 5.0), (30.0, None), (500.0, None)], ids=str)
 def test_weights_are_the_integrals_of_lagrange_polynomials(process, parametrization, step):
     start, end = step[0], step[1] or process.timestep_min
     nodes = [start, start + 25.0, start + 60.0]
