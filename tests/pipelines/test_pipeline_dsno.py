@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from genie_diffusers import DSNOPipeline, DSNOUNet2DModel
+from genie_diffusers import DSNOPipeline, DSNOUNet2DModel, GeniePipeline
+from genie_diffusers.cli import PACKAGED_MODEL
 
 
 @pytest.fixture
@@ -103,3 +106,21 @@ def test_bad_input_is_refused(make, options, message):
 def test_labels_need_classes(make):
     with pytest.raises(ValueError, match="the UNet is not class-conditional"):
         make(num_class_embeds=None)(class_labels=[0])
+
+
+def test_the_packaged_operator_lands_nearer_to_its_teacher_than_two_steps_of_a_solver():
+    folder = Path(PACKAGED_MODEL)
+    pipe = DSNOPipeline.from_pretrained(folder.parent / "dsno-cifar10-16", torch_dtype=torch.float32)
+    teacher = GeniePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    latents = torch.randn(16, 3, 16, 16, generator=seeded(2**31))
+    arguments = {"class_labels": list(range(8)) * 2, "latents": latents, "output_type": "latent"}
+    output = pipe(**arguments, return_trajectory=True)
+    solution = teacher(**arguments, num_inference_steps=20).images
+    distance = ((output.images - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)).mean()
+    assert distance < 0.2
+    two_steps = teacher(**arguments, num_inference_steps=2).images
+    assert (two_steps - solution).norm() > 2 * (output.images - solution).norm()
+    process = teacher.scheduler.process
+    for t, state in zip(pipe.unet.config.solution_timesteps[:3], output.trajectory[:3], strict=True):
+        marginal = (process.alpha(t) ** 2 * float(solution.square().mean()) + process.sigma(t) ** 2) ** 0.5
+        assert float(state.square().mean().sqrt()) == pytest.approx(float(marginal), rel=0.1)
