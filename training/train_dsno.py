@@ -29,7 +29,7 @@ from genie_diffusers.metrics import PACKAGED_CLASSIFIER
 from genie_diffusers.model_card import create_model_card
 from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.schedulers.time_grids import distinct_integers
-from train_step_head import Noises, predict, relative_error
+from train_step_head import Noises, in_batches, predict, relative_error
 from training_utils import (
     RunLog,
     add_training_arguments,
@@ -222,15 +222,13 @@ class HeldOut:
     def __init__(self, teacher: Teacher, count: int, seed: int, batch_size: int, device: torch.device):
         self.batch_size, self.device = batch_size, device
         self.noises = teacher.draw([HELD_OUT + i for i in range(count)], seed)
-        self.states = torch.cat([teacher.solve(part.to(device)).cpu() for part in self.batches()])
+        self.states = in_batches(teacher.solve, self.noises, batch_size, device)
 
-    def batches(self) -> Iterator[Noises]:
-        return (self.noises[i : i + self.batch_size] for i in range(0, len(self.noises), self.batch_size))
-
-    @torch.no_grad()
     def trajectories(self, unet: DSNOUNet2DModel) -> torch.Tensor:
-        parts = (part.to(self.device) for part in self.batches())
-        return torch.cat([unet(part.noise, part.labels).trajectory.cpu() for part in parts])
+        def draw(noises: Noises) -> torch.Tensor:
+            return unet(noises.noise, noises.labels).trajectory
+
+        return in_batches(draw, self.noises, self.batch_size, self.device)
 
     def errors(self, unet: DSNOUNet2DModel) -> list[float]:
         """Mean relative error of the operator at each time point."""
@@ -280,19 +278,16 @@ def start_operator(
     options["scheduler_config"] = teacher.config
     with accelerator.main_process_first():
         if not (folder / "config.json").exists():
-            count = args.fit_trajectories
             if columns is None:
-                noises = teacher.draw(list(range(count)), args.seed)
-                noises = noises.to(accelerator.device)
-                parts = (noises[i : i + args.solve_batch_size] for i in range(0, count, args.solve_batch_size))
-                states = torch.cat([teacher.solve(part) for part in parts])
+                noises = teacher.draw(list(range(args.fit_trajectories)), args.seed)
+                states = in_batches(teacher.solve, noises, args.solve_batch_size, accelerator.device)
             else:
-                some = stream.rows(list(range(min(count, len(stream)))))
-                scales = None
-                if teacher.guidance_scale != 1.0:
-                    scales = torch.full((len(some["noise"]),), teacher.guidance_scale)
-                noises = Noises(some["noise"], some.get("labels"), scales).to(accelerator.device)
-                states = some["trajectory"][:, columns].to(accelerator.device)
+                some = stream.rows(list(range(min(args.fit_trajectories, len(stream)))))
+                states = some["trajectory"][:, columns]
+                guided = teacher.guidance_scale != 1.0
+                scales = torch.full((len(states),), teacher.guidance_scale) if guided else None
+                noises = Noises(some["noise"], some.get("labels"), scales)
+            noises, states = noises.to(accelerator.device), states.to(accelerator.device)
             timesteps, weights, missed = fit_start(
                 teacher.unet, teacher.process, noises, states, args.solve_batch_size
             )
