@@ -156,13 +156,13 @@ def plot(results: dict[str, Any], path: Path):
         list(quality), values, [entry["standard_error"] for entry in quality.values()], marker="o", capsize=2
     )
     right.set(xscale="log", yscale="log")
-    colors = {"operator": "tab:red", "plain regression": "tab:green"}
-    for name, color in colors.items():
+    styles = {"operator": ("tab:red", "--"), "plain regression": ("tab:green", ":")}
+    for name, (color, line) in styles.items():
         if name not in results["errors"]:
             continue
-        left.axhline(results["errors"][name][-1]["error"], color=color, linestyle="--", label=f"{name}, one call")
+        left.axhline(results["errors"][name][-1]["error"], color=color, linestyle=line, label=f"{name}, one call")
         row = next(row for row in results["quality"] if row["label"] == name)
-        right.axhline(row["frechet_distance"]["value"], color=color, linestyle="--")
+        right.axhline(row["frechet_distance"]["value"], color=color, linestyle=line)
     left.set(xlabel="model calls", ylabel="relative error of the picture")
     right.set(xlabel="model calls", ylabel="Fréchet distance")
     for axes in (left, right):
