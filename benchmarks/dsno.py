@@ -30,9 +30,9 @@ from genie_diffusers.metrics import QualityDistance
 ROOT = Path(__file__).parent
 sys.path += [str(ROOT), str(ROOT.parent / "training")]
 from generate_trajectories import Teacher, parse_args  # noqa: E402
+from ode_paths import Noises, in_batches, relative_error  # noqa: E402
 from quality import choose_pictures, number, to_json, write_json  # noqa: E402
 from train_dsno import HELD_OUT  # noqa: E402
-from train_step_head import Noises, in_batches, relative_error  # noqa: E402
 
 RESULTS = ROOT / "results"
 PACKAGED_OPERATOR = Path(PACKAGED_MODEL).parent / "dsno-cifar10-16"

@@ -31,13 +31,13 @@ from diffusers import (
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, QuasiTaylorScheduler
+from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, GGDMScheduler, QuasiTaylorScheduler
 from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.schedulers.time_grids import distinct_integers, time_grid
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
-from train_step_head import (  # noqa: E402
+from ode_paths import (  # noqa: E402
     Noises,
     TablesAlone,
     draw,
@@ -48,6 +48,7 @@ from train_step_head import (  # noqa: E402
 )
 
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
+GGDM = Path(PACKAGED_MODEL).parent / "ggdm-cifar10-16"
 #: 0.0002 from the solution with all 1000 timesteps
 REFERENCE_CALLS = 400
 #: the checkpoint's own timesteps, and grids that end with a call at the smallest timestep or (−) one step before it
@@ -74,6 +75,7 @@ OWN = {
     "GENIE Hermite + exact slope": {"method": "hermite", "source": "exact"},
     "GENIE, tables alone": {"source": "tables"},
     "GENIE, step head": {"source": "step head"},
+    "GGDM": {"class": GGDMScheduler},
     "Quasi-Taylor ODE 1": {"class": QuasiTaylorScheduler, "method": "ode", "taylor_order": 1},
     "Quasi-Taylor ODE 2": {"class": QuasiTaylorScheduler, "method": "ode", "taylor_order": 2},
     "Quasi-Taylor SDE 2": {"class": QuasiTaylorScheduler, "method": "sde", "taylor_order": 2, "time_grid": "trailing"},
@@ -122,7 +124,11 @@ def own(name: str, config, grid: str, calls: int, sources: dict):
     if tables is not None and (grid != "default" or str(calls) not in tables):  # a table has a grid of its own
         return None
     kind = options.pop("class", GenieScheduler)
-    if kind is QuasiTaylorScheduler:
+    if kind is GGDMScheduler:
+        scheduler = kind.from_pretrained(GGDM)
+        if grid != "default" or str(calls) not in scheduler.config.tables:
+            return None
+    elif kind is QuasiTaylorScheduler:
         if grid[-1] == "-":  # its grids end with a call at the smallest timestep
             return None
         scheduler = kind.from_config(

@@ -12,6 +12,7 @@ from .schedulers import (
     GDDIMCLDScheduler,
     GDDIMScheduler,
     GenieScheduler,
+    GGDMScheduler,
     LinearDiffusionScheduler,
     QuasiTaylorScheduler,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "GDDIMCLDScheduler",
     "GDDIMPipeline",
     "GDDIMScheduler",
+    "GGDMScheduler",
     "GeniePipeline",
     "GenieScheduler",
     "GenieUNet2DModel",

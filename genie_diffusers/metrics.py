@@ -111,11 +111,35 @@ def frechet_estimate(features: torch.Tensor, mean: torch.Tensor, covariance: tor
     return Estimate(frechet_distance(features, mean, covariance).item(), torch.stack(replicates).cpu().numpy())
 
 
-def kernel_distance(features: torch.Tensor, reference_features: torch.Tensor) -> torch.Tensor:
+class KernelDistance:
     """
-    Squared maximum mean discrepancy under the kernel k(x, y) = (x·y/d + 1)³, in float64, differentiable.
+    Squared maximum mean discrepancy under the kernel k(x, y) = (x·y/d + 1)^degree, in float64, differentiable.
 
     Unbiased at any number of pictures, hence negative now and then for equal distributions.
+
+    Args:
+        reference_features (`torch.Tensor` of shape `(other pictures, features)`): Features of the one set.
+        degree (`int`, defaults to 3): 3 is the kernel of KID; 1 sees the mean of the features only.
+    """
+
+    def __init__(self, reference_features: torch.Tensor, degree: int = 3):
+        self.reference_features, self.degree = reference_features, degree
+        self._within = _mean_within(reference_features, degree)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        The distance of the other set, of features of shape `(pictures, features)`.
+
+        Raises:
+            ValueError: If there are fewer than two pictures in a set, or the number of features differs.
+        """
+        own, cross = _kernel_sums(features, self.reference_features, features.new_ones(len(features), 1), self.degree)
+        return _discrepancy(own.sum(), cross.sum(), self._within, len(features))
+
+
+def kernel_distance(features: torch.Tensor, reference_features: torch.Tensor) -> torch.Tensor:
+    """
+    [`KernelDistance`] of degree 3.
 
     Args:
         features (`torch.Tensor` of shape `(pictures, features)`): Features of the one set.
@@ -124,8 +148,7 @@ def kernel_distance(features: torch.Tensor, reference_features: torch.Tensor) ->
     Raises:
         ValueError: If there are fewer than two pictures in a set, or the number of features differs.
     """
-    own, cross, others = _kernel_sums(features, reference_features, features.new_ones(len(features), 1))
-    return _discrepancy(own.sum(), cross.sum(), others, len(features))
+    return KernelDistance(reference_features)(features)
 
 
 def kernel_estimate(features: torch.Tensor, reference_features: torch.Tensor) -> Estimate:
@@ -136,7 +159,8 @@ def kernel_estimate(features: torch.Tensor, reference_features: torch.Tensor) ->
         ValueError: If there are fewer than 100 pictures.
     """
     groups = _groups(features)
-    own, cross, others = _kernel_sums(features, reference_features, groups)
+    own, cross = _kernel_sums(features, reference_features, groups, degree=3)
+    others = _mean_within(reference_features, degree=3)
     value = _discrepancy(own.sum(), cross.sum(), others, len(features))
     left_own = own.sum() - own.sum(dim=0) - own.sum(dim=1) + own.diagonal()
     replicates = _discrepancy(left_own, cross.sum() - cross, others, len(features) - groups.sum(dim=0))
@@ -199,32 +223,37 @@ def _groups(features: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel_sums(
-    features: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Σ k between groups without a picture's own, Σ of each group's mean k to the reference, mean k within that."""
+    features: torch.Tensor, reference: torch.Tensor, groups: torch.Tensor, degree: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ k between groups without a picture's own, and Σ of each group's mean k to the reference."""
     _check_features(features, reference.shape[1])
-    _check_features(reference, reference.shape[1])
     features, reference, groups = features.double(), reference.double(), groups.double()
-    m = len(reference)
-    everyone = reference.new_ones(m, 1)
-    own = groups.T @ _kernel_product(features, features, groups) - torch.diag(groups.T @ _self_kernel(features))
-    cross = groups.T @ _kernel_product(features, reference, everyone / m)
-    others = _kernel_product(reference, reference, everyone).sum() - _self_kernel(reference).sum()
-    return own, cross[:, 0], others / (m * (m - 1))
+    weights = reference.new_full((len(reference), 1), 1 / len(reference))
+    own_pictures = torch.diag(groups.T @ _self_kernel(features, degree))
+    own = groups.T @ _kernel_product(features, features, groups, degree) - own_pictures
+    return own, (groups.T @ _kernel_product(features, reference, weights, degree))[:, 0]
+
+
+def _mean_within(reference: torch.Tensor, degree: int) -> torch.Tensor:
+    """Mean k between two different pictures of the reference."""
+    _check_features(reference, reference.shape[1])
+    reference, m = reference.double(), len(reference)
+    every = _kernel_product(reference, reference, reference.new_ones(m, 1), degree).sum()
+    return (every - _self_kernel(reference, degree).sum()) / (m * (m - 1))
 
 
 def _discrepancy(own: torch.Tensor, cross: torch.Tensor, others: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
     return own / (n * (n - 1)) + others - 2 * cross / n
 
 
-def _kernel_product(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _kernel_product(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, degree: int) -> torch.Tensor:
     """Σ_j k(x_i, y_j) w_j, some rows at a time."""
-    return torch.cat([(rows @ y.T / y.shape[1] + 1) ** 3 @ weights for rows in x.split(1000)])
+    return torch.cat([(rows @ y.T / y.shape[1] + 1) ** degree @ weights for rows in x.split(1000)])
 
 
-def _self_kernel(x: torch.Tensor) -> torch.Tensor:
+def _self_kernel(x: torch.Tensor, degree: int) -> torch.Tensor:
     """k(x_i, x_i)"""
-    return (x.square().mean(dim=1) + 1) ** 3
+    return (x.square().mean(dim=1) + 1) ** degree
 
 
 def _check_features(features: torch.Tensor, dimension: int):

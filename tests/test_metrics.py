@@ -6,6 +6,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from genie_diffusers import ImageClassifier
 from genie_diffusers.metrics import (
+    KernelDistance,
     QualityDistance,
     ReferenceFeatures,
     frechet_distance,
@@ -73,6 +74,15 @@ def test_kernel_distance_is_unbiased(noise):
         pairs = [noise(2, 30, 1, seed=seed) for seed in range(400)]
         draws = torch.stack([kernel_distance(x, y + shift) for x, y in pairs])
         assert draws.mean().item() == pytest.approx(distance, abs=4 * draws.std().item() / 20)
+
+
+def test_the_linear_kernel_sees_the_mean_alone(noise):
+    x, y = noise(7, 5), 2 * noise(9, 5, seed=1) + 0.3
+    # ‖mean x − mean y‖²/d, less what the mean squares of the means owe to chance
+    chance = x.var(dim=0).sum() / len(x) + y.var(dim=0).sum() / len(y)
+    expected = ((x.mean(dim=0) - y.mean(dim=0)).square().sum() - chance) / 5
+    assert KernelDistance(y, degree=1)(x).item() == pytest.approx(expected.item())
+    assert KernelDistance(y)(x).item() == kernel_distance(x, y).item()
 
 
 def test_kernel_distance_is_differentiable(noise):

@@ -30,7 +30,7 @@ from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.models.exact_slope import to_noise_prediction
 from genie_diffusers.schedulers.interpolation import interpolation_weights
 from genie_diffusers.schedulers.time_grids import TIME_GRIDS, time_grid
-from train_step_head import Noises, predict
+from ode_paths import Noises, predict
 
 logger = get_logger(__name__)
 

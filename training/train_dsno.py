@@ -29,7 +29,7 @@ from genie_diffusers.metrics import PACKAGED_CLASSIFIER
 from genie_diffusers.model_card import create_model_card
 from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.schedulers.time_grids import distinct_integers
-from train_step_head import Noises, in_batches, predict, relative_error
+from ode_paths import Noises, in_batches, predict, relative_error
 from training_utils import (
     RunLog,
     add_training_arguments,

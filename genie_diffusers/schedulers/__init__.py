@@ -1,11 +1,13 @@
 from .scheduling_gddim import GDDIMBlurringScheduler, GDDIMCLDScheduler, GDDIMScheduler, LinearDiffusionScheduler
 from .scheduling_genie import GenieScheduler
+from .scheduling_ggdm import GGDMScheduler
 from .scheduling_quasi_taylor import QuasiTaylorScheduler
 
 __all__ = [
     "GDDIMBlurringScheduler",
     "GDDIMCLDScheduler",
     "GDDIMScheduler",
+    "GGDMScheduler",
     "GenieScheduler",
     "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",

@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..processes import LinearDiffusion, VariancePreserving
 from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
 
-#: (what, how many steps ago): ("sample", 0), ("prediction", 0), ("prediction", 1), ("slope", 0), ("noise", 0), …
+#: (what, how many steps ago): ("sample", 0), ("sample", 1), ("prediction", 0), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
 #: one number, or an array of the process's `weight_shape`, whose last two axes are a matrix
 Weight = Any
@@ -49,7 +49,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     Attributes:
         timesteps (`torch.Tensor` of shape `(num_inference_steps,)`):
-            What the model is called with: `int64`, or `float32` if `continuous=True`.
+            What the model is called with: `int64`, or `float32` if `continuous=True` or where learned ones are real.
         sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
             Noise levels γ = σ/α at the timesteps and at the end, float64, on the CPU.
         table (`list[dict]`):
@@ -197,7 +197,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.from_numpy(noise_stds / alphas)
         points = points[: len(alphas) - 1]
         self._host_timesteps = points.tolist()
-        dtype = torch.int64 if process.is_discrete else torch.float32
+        dtype = torch.int64 if process.is_discrete and not np.any(points % 1) else torch.float32
         self.timesteps = torch.tensor(self._host_timesteps, dtype=dtype, device=device)
         self.num_inference_steps = len(points)
         self._begin_index = self._step_index = None
@@ -284,6 +284,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         #: the steps at which the slope is asked for: those whose slope some row weighs, then or later
         self._sloped = {i - lag for i, what, lag in used if what == "slope"}
         depth = max(lag for _, _, lag in used) + 1
+        self._samples: deque = deque(maxlen=max((lag for _, what, lag in used if what == "sample"), default=0))
         self._predictions: deque = deque(maxlen=depth)
         self._slopes: deque = deque(maxlen=depth)
         self._previous_noise: torch.Tensor | None = None
@@ -308,13 +309,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Near pure noise ε and its weight are so large that the conversion of the output and the update nearly cancel;
         adding their weights in float64 leaves nothing to cancel in the precision of the sample.
         """
-        row, of_sample = dict(self.table[index]), self.table[index].get(("sample", 0), 0.0)
-        for column, weight in self.corrections[index].items():
-            row[column] = row.get(column, 0.0) + _product(of_sample, weight)
+        row = self.corrected_row(index)
         if not self._clips and ("prediction", 0) in row:
             of_prediction = row.pop(("prediction", 0))
             for column, weight in self._conversion(index, self.data_form).items():
                 row[column] = row.get(column, 0.0) + _product(of_prediction, weight)
+        return row
+
+    def corrected_row(self, index: int) -> Row:
+        """The correction and the update of step `index` as one row of weights."""
+        row, of_sample = dict(self.table[index]), self.table[index].get(("sample", 0), 0.0)
+        for column, weight in self.corrections[index].items():
+            row[column] = row.get(column, 0.0) + _product(of_sample, weight)
         return row
 
     def _conversion(self, index: int, to_data: bool) -> Row:
@@ -440,7 +446,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         model_output = self._without_variance(model_output, sample)
         self._remember(model_output, sample, index)
         tensors = {
-            "sample": (sample,),
+            "sample": (sample, *self._samples),
             "output": (model_output,),
             "prediction": self._predictions,
             "slope": self._slopes,
@@ -448,8 +454,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if index in self._noisy:
             tensors["noise"] = (self._draw(sample, generator),)
         prev_sample = self._apply("step", index, tensors).to(sample.dtype)
+        self._samples.appendleft(sample)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
+            self._samples.clear()
             self._predictions.clear()
             self._slopes.clear()
             self._previous_noise = None
@@ -539,11 +547,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise ValueError("`set_timesteps` must be called before `step`.")
         if self._step_index is None:
-            self._step_index = self._begin_index
-            if self._step_index is None:
-                self._step_index = self.index_for_timestep(timestep)
-            if self._step_index != self._built_for:
-                self._build(self._step_index)
+            begin = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            if begin != self._built_for:
+                self._build(begin)
+            self._step_index = begin
         if self._step_index >= self.num_inference_steps:
             raise ValueError(
                 f"All {self.num_inference_steps} steps are taken; call `set_timesteps` before sampling again."

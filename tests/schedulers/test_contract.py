@@ -13,12 +13,15 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 
-from genie_diffusers import GenieScheduler, QuasiTaylorScheduler
+from genie_diffusers import GenieScheduler, GGDMScheduler, QuasiTaylorScheduler
 
 # diffusers' default noise schedule, the oracle of this file
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SHAPE = (2, 3, 4, 4)
+
+#: learned samplers have the numbers of steps that they have
+TABLES = GGDMScheduler.from_scheduler(GenieScheduler(), [3, 5, 6, 8, 20, 50]).config["tables"]
 
 #: scheduler → its class, and the options that make it
 SCHEDULERS = {
@@ -26,7 +29,9 @@ SCHEDULERS = {
     "genie-taylor": (GenieScheduler, {"method": "taylor"}),
     "quasi-taylor": (QuasiTaylorScheduler, {}),
     "quasi-taylor-sde": (QuasiTaylorScheduler, {"method": "sde", "taylor_order": 3}),
+    "ggdm": (GGDMScheduler, {"tables": TABLES}),
 }
+SOLVERS = [name for name in SCHEDULERS if name != "ggdm"]
 
 
 def kinds(*names: str):
@@ -34,7 +39,8 @@ def kinds(*names: str):
     return pytest.mark.parametrize("kind", names or SCHEDULERS)
 
 
-every_kind, deterministic = kinds(), kinds("genie", "genie-taylor", "quasi-taylor")
+every_kind, every_solver = kinds(), kinds(*SOLVERS)
+deterministic = kinds("genie", "genie-taylor", "quasi-taylor", "ggdm")
 every_class = kinds("genie", "quasi-taylor")
 
 
@@ -645,7 +651,7 @@ GRIDS = [
 
 @pytest.mark.parametrize(
     "kind, grid",
-    [(kind, grid) for kind in SCHEDULERS for grid in (GRIDS if kind == "genie" else GRIDS[:2])],
+    [(kind, grid) for kind in SOLVERS for grid in (GRIDS if kind == "genie" else GRIDS[:2])],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 25, 50, 99, 334, 500, 501, 999, 1000])
@@ -668,7 +674,7 @@ def test_any_number_of_steps_runs_to_the_end_without_a_timestep_twice(kind, coun
     assert torch.isfinite(x).all()
 
 
-@every_kind
+@every_solver
 @pytest.mark.parametrize("count", [1, 2, 10, 333, 1000])
 def test_continuous_process_runs_to_the_end_with_any_number_of_steps(kind, count):
     def alpha_sigma_continuous(t):
@@ -703,7 +709,7 @@ def test_custom_sigmas_are_visited_at_their_nearest_timesteps():
     np.testing.assert_allclose(scheduler.sigmas.numpy(), [*gammas[[999, 500, 20]], 0.0], rtol=1e-9)
 
 
-@every_kind
+@every_solver
 @with_and_without_a_source
 def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timesteps(kind, source):
     scheduler = ready(10, kind)
@@ -723,7 +729,7 @@ def test_start_mid_way_is_the_same_by_begin_index_by_lookup_and_by_custom_timest
     torch.testing.assert_close(by_custom, by_lookup, rtol=0, atol=0)
 
 
-@every_kind
+@every_solver
 def test_begin_index_abandons_a_run_under_way(kind):
     scheduler, fresh = ready(6, kind), ready(6, kind)
     run(scheduler, noise(9), timesteps=scheduler.timesteps[:3])  # another picture, interrupted
@@ -976,7 +982,7 @@ def test_a_source_is_given_the_prediction_of_the_model_and_counts_where_it_is_no
         assert not torch.isclose(with_slope[~held], without_slope[~held]).any()
 
 
-@deterministic
+@kinds("genie", "genie-taylor", "quasi-taylor")
 @pytest.mark.parametrize("schedule", [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float16, 5e-4), (torch.float32, 1e-7)])
 def test_the_step_from_pure_noise_loses_no_precision_to_cancellation(kind, schedule, dtype, rounding):

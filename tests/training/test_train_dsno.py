@@ -16,7 +16,7 @@ import generate_trajectories
 import train_dsno
 import training_utils
 from genie_diffusers import DSNOPipeline, GeniePipeline, GenieScheduler, ImageClassifier
-from train_step_head import Noises
+from ode_paths import Noises
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import ode_paths
 import train_step_head
 import training_utils
 from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel, StepHead
@@ -204,22 +205,22 @@ class Gaussian(torch.nn.Module):
 
 
 def fitted(unet, steps: int, grid: str, teacher_steps: int, paths: int = 32) -> tuple[dict, float]:
-    noises = train_step_head.draw(unet, paths * 5 // 4, 1, 0.0)
-    teacher = train_step_head.teacher_of({})
-    trajectories = train_step_head.Trajectories(unet, teacher, teacher_steps, noises, 16, CPU)
-    scheduler = train_step_head.solver_of({}, time_grid=grid)
-    return train_step_head.fit_table(unet, scheduler, steps, noises, trajectories, paths, 16, CPU)
+    noises = ode_paths.draw(unet, paths * 5 // 4, 1, 0.0)
+    teacher = ode_paths.teacher_of({})
+    trajectories = ode_paths.Trajectories(unet, teacher, teacher_steps, noises, 16, CPU)
+    scheduler = ode_paths.solver_of({}, time_grid=grid)
+    return ode_paths.fit_table(unet, scheduler, steps, noises, trajectories, paths, 16, CPU)
 
 
 def solved(unet, scheduler, steps: int, noises) -> torch.Tensor:
     with torch.no_grad():
-        return train_step_head.solve(unet, scheduler, steps, noises)
+        return ode_paths.solve(unet, scheduler, steps, noises)
 
 
 @pytest.mark.parametrize("grid", train_step_head.GRIDS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_tables_of_a_single_data_point_are_exact(steps, grid):
-    scheduler = train_step_head.solver_of({}, time_grid=grid)
+    scheduler = ode_paths.solver_of({}, time_grid=grid)
     table, error = fitted(Gaussian(0.0, scheduler), steps, grid, teacher_steps=10)
     assert error < 1e-4 and max(table["residuals"]) < 1e-4
     assert len(table["timesteps"]) == steps
@@ -231,9 +232,9 @@ def test_tables_of_gaussian_data_land_on_the_exact_solution():
     for steps in (2, 4):
         table, error = fitted(unet, steps, "uniform_lambda", teacher_steps=60)
         assert error < 1e-3
-        scheduler = train_step_head.solver_of({})
-        scheduler.attach(train_step_head.TablesAlone({str(steps): table}))
-        noises = train_step_head.draw(unet, 8, 9, 0.0)
+        scheduler = ode_paths.solver_of({})
+        scheduler.attach(ode_paths.TablesAlone({str(steps): table}))
+        noises = ode_paths.draw(unet, 8, 9, 0.0)
         process = scheduler.process
         alpha, sigma = float(process.alpha(999)), float(process.sigma(999))
         first = table["timesteps"][0]
@@ -241,21 +242,21 @@ def test_tables_of_gaussian_data_land_on_the_exact_solution():
         z = (noises.noise - 0.7 * alpha) / (alpha**2 * 0.25 + sigma**2) ** 0.5
         expected = 0.7 + 0.5 * z
         found = solved(unet, scheduler, steps, noises)
-        assert train_step_head.relative_error(found, expected).mean() < 2e-3
+        assert ode_paths.relative_error(found, expected).mean() < 2e-3
         ddim = solved(unet, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), steps, noises)
-        assert train_step_head.relative_error(ddim, expected).mean() > 0.03
+        assert ode_paths.relative_error(ddim, expected).mean() > 0.03
 
 
 def test_tables_leave_less_error_than_ddim_on_noise_they_were_not_fitted_to(base, trained):
     unet = GenieUNet2DModel.from_pretrained(base, subfolder="unet").eval()
-    noises = train_step_head.draw(unet, 16, 9, 0.1)
-    reference = solved(unet, train_step_head.teacher_of({}), 60, noises)
-    scheduler = train_step_head.solver_of({})
-    scheduler.attach(train_step_head.TablesAlone(StepHead.load_config(trained)["tables"]))
+    noises = ode_paths.draw(unet, 16, 9, 0.1)
+    reference = solved(unet, ode_paths.teacher_of({}), 60, noises)
+    scheduler = ode_paths.solver_of({})
+    scheduler.attach(ode_paths.TablesAlone(StepHead.load_config(trained)["tables"]))
     for steps in (2, 3, 4):
         ddim = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
         by_table, by_ddim = (
-            train_step_head.relative_error(solved(unet, solver, steps, noises), reference).mean()
+            ode_paths.relative_error(solved(unet, solver, steps, noises), reference).mean()
             for solver in (scheduler, ddim)
         )
         assert by_table < 0.7 * by_ddim
@@ -264,25 +265,25 @@ def test_tables_leave_less_error_than_ddim_on_noise_they_were_not_fitted_to(base
 @pytest.mark.parametrize("num_class_embeds", [None, 4])
 def test_noises_are_the_same_however_many_are_drawn_at_a_time_and_labelled_where_there_are_classes(num_class_embeds):
     unet = SimpleNamespace(config=SimpleNamespace(sample_size=4, in_channels=3, num_class_embeds=num_class_embeds))
-    noises = train_step_head.draw(unet, 200, seed=0, label_dropout=0.2)
+    noises = ode_paths.draw(unet, 200, seed=0, label_dropout=0.2)
     assert noises.noise.shape == (200, 3, 4, 4) and len(noises) == 200 and noises.scales is None
-    assert torch.equal(noises.noise, train_step_head.draw(unet, 200, seed=0, label_dropout=0.2).noise)
+    assert torch.equal(noises.noise, ode_paths.draw(unet, 200, seed=0, label_dropout=0.2).noise)
     if num_class_embeds is None:
         assert noises.labels is None
         return
     assert 0.1 < (noises.labels == 3).float().mean() < 0.3
     assert set(noises.labels.tolist()) == {0, 1, 2, 3}
-    guided = train_step_head.draw(unet, 200, seed=0, label_dropout=0.0, max_guidance_scale=3.0)
+    guided = ode_paths.draw(unet, 200, seed=0, label_dropout=0.0, max_guidance_scale=3.0)
     assert set(guided.labels.tolist()) == {0, 1, 2}
     assert guided.scales.min() >= 1 and 2.5 < guided.scales.max() <= 3
 
 
 def test_guided_predictions_combine_both_branches(base):
     unet = UNet2DModel.from_pretrained(base, subfolder="unet").eval()
-    noises = train_step_head.draw(unet, 3, 0, 0.0, max_guidance_scale=4.0)
+    noises = ode_paths.draw(unet, 3, 0, 0.0, max_guidance_scale=4.0)
     timestep = torch.tensor(300)
     with torch.no_grad():
-        guided = train_step_head.predict(unet, noises.noise, timestep, noises)
+        guided = ode_paths.predict(unet, noises.noise, timestep, noises)
         for i, scale in enumerate(noises.scales):
             null, own = (
                 unet(noises.noise[i : i + 1], timestep, class_labels=torch.tensor([label])).sample
@@ -294,8 +295,8 @@ def test_guided_predictions_combine_both_branches(base):
 def test_trajectories_pass_through_the_states_between_and_end_at_the_clean_pictures():
     scheduler = GenieScheduler()
     unet = Gaussian(0.5, scheduler)
-    noises = train_step_head.draw(unet, 4, 0, 0.0)
-    trajectories = train_step_head.Trajectories(unet, train_step_head.teacher_of({}), 80, noises, 4, CPU)
+    noises = ode_paths.draw(unet, 4, 0, 0.0)
+    trajectories = ode_paths.Trajectories(unet, ode_paths.teacher_of({}), 80, noises, 4, CPU)
     process = scheduler.process
 
     def spread(alpha, sigma):
