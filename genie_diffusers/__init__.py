@@ -4,8 +4,8 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
-from .pipelines import GDDIMPipeline, GeniePipeline
+from .models import DerivativeHead, DSNOUNet2DModel, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
+from .pipelines import DSNOPipeline, GDDIMPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
 from .schedulers import (
     GDDIMBlurringScheduler,
@@ -22,6 +22,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Blurring",
     "CriticallyDampedLangevin",
+    "DSNOPipeline",
+    "DSNOUNet2DModel",
     "DerivativeHead",
     "ExactSlope",
     "GDDIMBlurringScheduler",

@@ -51,6 +51,18 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         self.norm_out = torch.nn.GroupNorm(norm_num_groups, channels)
         self.classifier = torch.nn.Linear(channels, num_classes)
 
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """
+        The output of the residual blocks at each resolution, `(batch, channels, height, width)`.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pictures in [−1, 1].
+        """
+        maps = [self.blocks[0](self.conv_in(images))]
+        for level in self.blocks[1:]:
+            maps.append(level(torch.nn.functional.avg_pool2d(maps[-1], kernel_size=2)))
+        return maps
+
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """
         The input of the last layer, of shape `(batch, block_out_channels[-1])`.
@@ -58,9 +70,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         Args:
             images (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pictures in [−1, 1].
         """
-        hidden = self.conv_in(images)
-        for i, level in enumerate(self.blocks):
-            hidden = level(hidden if i == 0 else torch.nn.functional.avg_pool2d(hidden, kernel_size=2))
+        hidden = self.feature_maps(images)[-1]
         return torch.nn.functional.silu(self.norm_out(hidden)).mean(dim=(2, 3))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -136,34 +136,41 @@ class GeniePipeline(DiffusionPipeline):
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")
-        num_classes = self.unet.config.num_class_embeds
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
-        if class_labels is not None:
-            if num_classes is None:
-                raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")
-            given, class_labels = class_labels, torch.as_tensor(class_labels).cpu()
-            if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
-                raise ValueError(f"`class_labels` must be an integer or a sequence of at least one, got {given}.")
-            class_labels = class_labels.long()
-            if class_labels.min() < 0 or class_labels.max() >= num_classes:
-                raise ValueError(
-                    f"`class_labels` must be between 0 and {num_classes - 1}, got {class_labels.tolist()}."
-                )
-            if class_labels.ndim == 0:
-                class_labels = class_labels.expand(batch_size or 1)
-        elif guidance_scale != 1.0:
+        class_labels, batch_size = check_inputs(
+            self.unet.config.num_class_embeds, class_labels, batch_size, latents, generator
+        )
+        if class_labels is None and guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale={guidance_scale}` needs `class_labels` to guide towards.")
-        sizes = {
-            "batch_size": batch_size,
-            "class_labels": None if class_labels is None else len(class_labels),
-            "latents": None if latents is None else latents.shape[0],
-            "generator": len(generator) if isinstance(generator, list) else None,
-        }
-        given = {name: size for name, size in sizes.items() if size is not None}
-        if len(set(given.values())) > 1:
-            raise ValueError(f"These must agree on the number of images: {given}.")
-        batch_size = next(iter(given.values()), 1)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         return class_labels, batch_size
+
+
+def check_inputs(
+    num_classes: int | None, class_labels, batch_size: int | None, latents, generator
+) -> tuple[torch.Tensor | None, int]:
+    """The class of each image, if classes are given, and the number of images, on which all arguments agree."""
+    if class_labels is not None:
+        if num_classes is None:
+            raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")
+        given, class_labels = class_labels, torch.as_tensor(class_labels).cpu()
+        if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
+            raise ValueError(f"`class_labels` must be an integer or a sequence of at least one, got {given}.")
+        class_labels = class_labels.long()
+        if class_labels.min() < 0 or class_labels.max() >= num_classes:
+            raise ValueError(f"`class_labels` must be between 0 and {num_classes - 1}, got {class_labels.tolist()}.")
+        if class_labels.ndim == 0:
+            class_labels = class_labels.expand(batch_size or 1)
+    sizes = {
+        "batch_size": batch_size,
+        "class_labels": None if class_labels is None else len(class_labels),
+        "latents": None if latents is None else latents.shape[0],
+        "generator": len(generator) if isinstance(generator, list) else None,
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"These must agree on the number of images: {given}.")
+    batch_size = next(iter(given.values()), 1)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    return class_labels, batch_size
