@@ -1,7 +1,14 @@
 from .derivative_head import DerivativeHead
 from .exact_slope import ExactSlope
-from .genie_unet import GenieUNet2DModel
+from .genie_unet import GenieUNet2DConditionModel, GenieUNet2DModel
 from .image_classifier import ImageClassifier
 from .step_head import StepHead
 
-__all__ = ["DerivativeHead", "ExactSlope", "GenieUNet2DModel", "ImageClassifier", "StepHead"]
+__all__ = [
+    "DerivativeHead",
+    "ExactSlope",
+    "GenieUNet2DConditionModel",
+    "GenieUNet2DModel",
+    "ImageClassifier",
+    "StepHead",
+]

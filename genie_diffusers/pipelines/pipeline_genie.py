@@ -11,13 +11,24 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-class GeniePipeline(DiffusionPipeline):
+class AttachesHead:
+    """What our pipelines add to diffusers': whenever UNet or scheduler are assigned, the two are attached."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("unet", "scheduler"):
+            unet, scheduler = vars(self).get("unet"), vars(self).get("scheduler")
+            if getattr(unet, "derivative_head", None) is not None and hasattr(scheduler, "attach"):
+                scheduler.attach(unet)
+
+
+class GeniePipeline(AttachesHead, DiffusionPipeline):
     """
     Pipeline for unconditional and class-conditional image generation.
 
-    If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
-    are attached when the pipeline is built. A scheduler that is assigned later samples without the head until
-    `pipe.scheduler.attach(pipe.unet)`. Every scheduler of diffusers works too.
+    If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two are
+    attached when the pipeline is built and when either is assigned; `pipe.scheduler.attach(None)` samples without the
+    head. Every scheduler of diffusers works too.
 
     Args:
         unet ([`UNet2DModel`] or [`GenieUNet2DModel`]):
@@ -33,8 +44,6 @@ class GeniePipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
-        if getattr(unet, "derivative_head", None) is not None and hasattr(scheduler, "attach"):
-            scheduler.attach(unet)
 
     @torch.no_grad()
     def __call__(

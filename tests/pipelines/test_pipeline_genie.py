@@ -166,14 +166,20 @@ def test_head_is_attached_when_the_pipeline_is_built_and_follows_the_guided_path
     assert (images - without).norm() > 0.05 * without.norm()
 
 
-def test_a_scheduler_assigned_later_samples_without_the_head_until_it_is_attached(head_pipe):
+def test_the_head_follows_whatever_scheduler_or_unet_is_assigned_later(make_unet, head_pipe):
     options = {"latents": noise(2), "num_inference_steps": 4, "output_type": "latent"}
-    with_head = head_pipe(**options).images
+    unet, with_head = head_pipe.unet, head_pipe(**options).images
     head_pipe.scheduler = GenieScheduler.from_config(head_pipe.scheduler.config)
+    torch.testing.assert_close(head_pipe(**options).images, with_head)
+    head_pipe.scheduler.attach(None)
     without = head_pipe(**options).images
     assert not torch.allclose(with_head, without, rtol=1e-2)
-    head_pipe.scheduler.attach(head_pipe.unet)
+    head_pipe.unet = unet
     torch.testing.assert_close(head_pipe(**options).images, with_head)
+    pipe = quiet(GeniePipeline(make_unet(num_class_embeds=4), GenieScheduler()))
+    torch.testing.assert_close(pipe(**options).images, without)
+    pipe.unet = GenieUNet2DModel.from_unet(pipe.unet, unet.derivative_head)
+    torch.testing.assert_close(pipe(**options).images, with_head)
 
 
 def test_a_head_for_another_noise_schedule_is_refused(make_genie_unet):
