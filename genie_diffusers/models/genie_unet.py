@@ -59,7 +59,10 @@ class HeadSlope:
         """
         call = self._unet.last_call
         if call is None:
-            raise ValueError("The UNet must be called before `step`, by the pipeline its head is attached to.")
+            raise ValueError(
+                "The UNet must be called before `step`, by the pipeline its head is attached to. A pipeline that builds "
+                "a UNet of its own, such as AnimateDiff, samples without a head: `scheduler.attach(None)`."
+            )
         check = self._check(timestep, sample.device)
         branches = count_branches(call["sample"], sample, check)
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))

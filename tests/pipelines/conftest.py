@@ -7,14 +7,16 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from genie_diffusers import DerivativeHead, GenieUNet2DModel
+from genie_diffusers import DerivativeHead, GenieUNet2DConditionModel, GenieUNet2DModel
 
 
 def like_trained(unet):
@@ -80,10 +82,40 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def make_stable_diffusion(tokenizer):
-    """Text-to-image, image-to-image or inpainting: `make_stable_diffusion(StableDiffusionImg2ImgPipeline)`."""
+    """
+    Any pipeline of Stable Diffusion 1.x, 2.x or XL, ControlNet and upscaling included:
+    `make_stable_diffusion(StableDiffusionImg2ImgPipeline)`.
+    """
 
     def make(pipeline_class=StableDiffusionPipeline, unet_channels=4, scheduler=None):
         torch.manual_seed(0)
+        name = pipeline_class.__name__
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        options = {"cross_attention_dim": 16}
+        components = {"text_encoder": CLIPTextModel(text_config).eval(), "tokenizer": tokenizer}
+        if "XL" in name:
+            components |= {"text_encoder_2": CLIPTextModelWithProjection(text_config).eval()}
+            components |= {"tokenizer_2": tokenizer}
+            options = {"cross_attention_dim": 32, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+            options |= {"projection_class_embeddings_input_dim": 16 + 6 * 8}
+        else:
+            components |= {"safety_checker": None, "feature_extractor": None}
+        if "Upscale" in name:
+            components |= {"low_res_scheduler": DDPMScheduler()}
+            options |= {"num_class_embeds": 1000}
+        elif "XL" not in name:
+            components |= {"requires_safety_checker": False}
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=unet_channels,
@@ -92,9 +124,9 @@ def make_stable_diffusion(tokenizer):
             block_out_channels=(8, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
             attention_head_dim=2,
             norm_num_groups=4,
+            **options,
         )
         vae = AutoencoderKL(
             in_channels=3,
@@ -106,19 +138,11 @@ def make_stable_diffusion(tokenizer):
             norm_num_groups=4,
             sample_size=16,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=16,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        if "ControlNet" in name:
+            control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+            for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+                torch.nn.init.normal_(block.weight, std=0.1)  # zero in a new one
+            components |= {"controlnet": control.eval()}
         if scheduler is None:  # as in the published checkpoints
             scheduler = DDIMScheduler(
                 beta_start=0.00085,
@@ -128,17 +152,21 @@ def make_stable_diffusion(tokenizer):
                 set_alpha_to_one=False,
                 steps_offset=1,
             )
-        pipe = pipeline_class(
-            vae=vae.eval(),
-            text_encoder=text_encoder.eval(),
-            tokenizer=tokenizer,
-            unet=like_trained(unet),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = pipeline_class(vae=vae.eval(), unet=like_trained(unet), scheduler=scheduler, **components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     return make
+
+
+@pytest.fixture
+def with_head():
+    """The UNet of a text-to-image pipeline with a head whose last layer is random instead of zero."""
+
+    def add(pipe, head_class=DerivativeHead):
+        torch.manual_seed(1)
+        head = head_class.for_unet(pipe.unet, pipe.scheduler.config)
+        torch.nn.init.normal_(head.conv_out.weight, std=0.05)
+        return GenieUNet2DConditionModel.from_unet(pipe.unet, head).eval()
+
+    return add
