@@ -40,9 +40,7 @@ class UNetHead(ModelMixin, ConfigMixin):
         }
         for name, value in found.items():
             if self.config[name] != value:
-                raise ValueError(
-                    f"This head needs a UNet with {name} {self.config[name]}, this one has {value}."
-                )
+                raise ValueError(f"This head needs a UNet with {name} {self.config[name]}, this one has {value}.")
         if not self.matches(unet):
             logger.warning(
                 "This head was distilled from other weights than this UNet's. That can be meant (a "

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -60,8 +60,8 @@ class HeadSlope:
         call = self._unet.last_call
         if call is None:
             raise ValueError(
-                "The UNet must be called before `step`, by the pipeline its head is attached to. A pipeline that builds "
-                "a UNet of its own, such as AnimateDiff, samples without a head: `scheduler.attach(None)`."
+                "The UNet must be called before `step`, by the pipeline its head is attached to. A pipeline that "
+                "builds a UNet of its own, such as AnimateDiff, samples without a head: `scheduler.attach(None)`."
             )
         check = self._check(timestep, sample.device)
         branches = count_branches(call["sample"], sample, check)
@@ -96,6 +96,7 @@ class _GenieUNet(torch.nn.Module):
     register_to_config: Callable
     time_embedding: torch.nn.Module
     conv_norm_out: torch.nn.Module
+    config: Any
 
     derivative_head: UNetHead | None
     last_call: dict[str, torch.Tensor] | None
@@ -164,7 +165,7 @@ class _GenieUNet(torch.nn.Module):
         for name in ("peft_config", "_hf_peft_config_loaded"):
             if name in vars(unet):
                 setattr(model, name, vars(unet)[name])
-        if hasattr(unet.config, "encoder_hid_dim_type"):
+        if isinstance(unet, UNet2DConditionModel):
             model.config.encoder_hid_dim_type = unet.config.encoder_hid_dim_type
         model._record_from_children()
         # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
@@ -232,7 +233,7 @@ class GenieUNet2DModel(_GenieUNet, UNet2DModel):
 
 class GenieUNet2DConditionModel(_GenieUNet, UNet2DConditionModel):
     """
-    A [`UNet2DConditionModel`] with a head: the denoiser of Stable Diffusion 1.x, 2.x and XL, of inpainting, of upscaling.
+    A [`UNet2DConditionModel`] with a head: the denoiser of Stable Diffusion 1.x, 2.x and XL, inpainting or upscaling.
 
     Takes the arguments of [`UNet2DConditionModel`], and `derivative_head_config` (`dict`, *optional*), the
     configuration of the head. Whatever else the denoiser is given (masks and images on further channels, added

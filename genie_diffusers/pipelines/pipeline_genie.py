@@ -10,6 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..schedulers.scheduling_utils import TableScheduler
+
 
 class AttachesHead:
     """What our pipelines add to diffusers': whenever UNet or scheduler are assigned, the two are attached."""
@@ -18,7 +20,7 @@ class AttachesHead:
         super().__setattr__(name, value)
         if name in ("unet", "scheduler"):
             unet, scheduler = vars(self).get("unet"), vars(self).get("scheduler")
-            if getattr(unet, "derivative_head", None) is not None and hasattr(scheduler, "attach"):
+            if getattr(unet, "derivative_head", None) is not None and isinstance(scheduler, TableScheduler):
                 scheduler.attach(unet)
 
 

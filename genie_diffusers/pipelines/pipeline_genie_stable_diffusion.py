@@ -9,9 +9,9 @@ class GenieStableDiffusionPipeline(AttachesHead, StableDiffusionPipeline):
     """
     [`StableDiffusionPipeline`], in all its arguments and methods, for Stable Diffusion 1.x and 2.x with a head.
 
-    If the UNet has a head ([`GenieUNet2DConditionModel`]) and the scheduler takes one ([`GenieScheduler`]), the two are
-    attached when the pipeline is built or loaded and when either is assigned. Under guidance the slope is that along
-    the guided path, rescaled or not.
+    If the UNet has a head ([`GenieUNet2DConditionModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
+    are attached when the pipeline is built or loaded and when either is assigned. Under guidance the slope is that
+    along the guided path, rescaled or not.
 
     Example:
 

@@ -190,7 +190,7 @@ def test_a_lora_of_the_unet_works_with_its_head(text_unet, head_for, noise, text
 
 def test_an_image_prompt_loaded_before_the_head_goes_on_working(text_unet, head_for, noise, text):
     """IP-Adapter notes its kind in the attributes of the configuration alone."""
-    plain, x = text_unet(), noise(2, 2, 8, 8)
+    plain = text_unet()
     torch.manual_seed(0)
     projection = ImageProjection(image_embed_dim=4, cross_attention_dim=8, num_image_text_embeds=2)
     plain.encoder_hid_proj = ImageProjections([projection]).double()
