@@ -15,7 +15,7 @@ from .models import (
     StepHead,
 )
 from .pipelines import GDDIMPipeline, GeniePipeline
-from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
+from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, RectifiedFlow, VariancePreserving
 from .schedulers import (
     GDDIMBlurringScheduler,
     GDDIMCLDScheduler,
@@ -52,6 +52,7 @@ __all__ = [
     "LinearDiffusion",
     "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",
+    "RectifiedFlow",
     "StepHead",
     "VariancePreserving",
 ]

@@ -81,9 +81,16 @@ class ExactSlope:
         model_input = arguments[sample_name]
         check = self._check(timestep, sample.device)
         branches = count_branches(model_input, sample, check)
+        if check and not torch.allclose(
+            torch.as_tensor(arguments.get("timestep", timestep)).double().cpu(), torch.tensor(timestep).double()
+        ):
+            raise ValueError(
+                f"`ExactSlope` needs a model that is called with the scheduler's timestep {timestep:g}, got "
+                f"`timestep={arguments['timestep']}`."
+            )
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
         # Eq. (1): the velocity of the sample, zero on further channels.
-        velocity = sigma**2 * sample - sigma * noise_prediction
+        velocity = velocity_of(sample, noise_prediction, sigma, self._prediction_type)
         x_dot = torch.zeros_like(model_input)
         x_dot[:, : sample.shape[1]] = velocity.repeat(branches, *(1,) * (sample.ndim - 1))
         time = torch.full((model_input.shape[0],), timestep, device=sample.device, dtype=torch.float32)
@@ -127,6 +134,11 @@ def forward_mode(model: torch.nn.Module):
             hook.remove()
 
 
+def velocity_of(sample: torch.Tensor, noise_prediction: torch.Tensor, sigma, prediction_type: str) -> torch.Tensor:
+    """dx/dλ = (d log α/dλ) x − σ ε, where d log α/dλ is σ², or σ if α = 1 − σ (flow matching)."""
+    return (sigma if prediction_type == "flow_prediction" else sigma**2) * sample - sigma * noise_prediction
+
+
 def slope_of_noise(
     output: torch.Tensor,
     output_dot: torch.Tensor,
@@ -142,6 +154,8 @@ def slope_of_noise(
     """
     if prediction_type == "epsilon":
         return output_dot
+    if prediction_type == "flow_prediction":  # ε = x + α v, dα/dλ = ασ
+        return velocity + alpha * output_dot + alpha * sigma * output
     if prediction_type == "v_prediction":  # ε = α v + σ x
         return alpha * output_dot + sigma * velocity + alpha * sigma * (sigma * output - alpha * sample)
     # ε = (x − α x_0)/σ
@@ -157,17 +171,21 @@ def to_noise_prediction(
         return output
     if prediction_type == "v_prediction":
         return alpha * output + sigma * sample
+    if prediction_type == "flow_prediction":
+        return sample + alpha * output
     return (sample - alpha * output) / sigma
 
 
 def to_model_output(
     noise_prediction: torch.Tensor, sample: torch.Tensor, alpha: float, sigma: float, prediction_type: str
 ) -> torch.Tensor:
-    """ε as the model would have said it: ε itself, v = (ε − σ x)/α, or x_0 = (x − σ ε)/α."""
+    """ε as the model would have said it: ε itself, v = (ε − σ x)/α, x_0 = (x − σ ε)/α, or v = (ε − x)/α on flows."""
     if prediction_type == "epsilon":
         return noise_prediction
     if prediction_type == "v_prediction":
         return (noise_prediction - sigma * sample) / alpha
+    if prediction_type == "flow_prediction":
+        return (noise_prediction - sample) / alpha
     return (sample - sigma * noise_prediction) / alpha
 
 
