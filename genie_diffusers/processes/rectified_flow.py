@@ -44,7 +44,7 @@ class RectifiedFlow(LinearDiffusion):
         return self._time_scale / (1.0 + np.exp(np.asarray(log_snr, dtype=np.float64)))
 
     def shifted(self, timesteps, shift: float) -> np.ndarray:
-        """Timesteps moved towards noise: σ → s σ/(1 + (s − 1) σ), that is λ → λ − log s (Esser et al., 2024, Eq. 23)."""
+        """Timesteps moved towards noise: σ → s σ/(1 + (s − 1) σ), that is λ → λ − log s (Esser et al., Eq. 23)."""
         sigma = self.sigma(timesteps)
         return self._time_scale * shift * sigma / (1.0 + (shift - 1.0) * sigma)
 

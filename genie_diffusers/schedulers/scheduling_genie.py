@@ -102,6 +102,7 @@ class GenieScheduler(TableScheduler):
             (`DDPMPipeline`, `DDIMPipeline`) leave out its rescaling, which is within 1% of one for usual schedules.
     """
 
+    _compatibles = [*TableScheduler._compatibles, "FlowMatchEulerDiscreteScheduler"]
     methods = METHODS
     prediction_types = (*PREDICTION_TYPES, "flow_prediction")
 
