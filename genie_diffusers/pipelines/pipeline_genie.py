@@ -56,6 +56,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
         num_inference_steps: int = 10,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
@@ -80,6 +81,9 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
                 any split into batches).
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Initial standard normal noise, instead of drawing it.
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                For a model that takes pictures on further input channels, such as the low-resolution ones of an
+                upscaler: these pictures, in height and width of the sample, as the model was trained with them.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (batch, height, width, channels in [0, 1]), `"pt"` (batch, channels, height, width in
                 [0, 1]) or `"latent"` (the sample itself, in [−1, 1] but for overshoots).
@@ -96,7 +100,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
         """
         device, dtype = self._execution_device, self.unet.dtype
         class_labels, batch_size = self._check_inputs(
-            class_labels, batch_size, guidance_scale, latents, generator, callback_on_step_end_tensor_inputs
+            class_labels, batch_size, guidance_scale, image, latents, generator, callback_on_step_end_tensor_inputs
         )
         guided = guidance_scale != 1.0
         num_classes = self.unet.config.num_class_embeds
@@ -107,7 +111,15 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
 
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        further = max(0, self.unet.config.in_channels - self.unet.config.out_channels)
+        shape = (batch_size, self.unet.config.in_channels - further, height, width)
+        found = None if image is None else tuple(image.shape)
+        if found != ((batch_size, further, height, width) if further else None):
+            raise ValueError(
+                f"`image` must have shape {(batch_size, further, height, width)} for this UNet, got {found}."
+                if further
+                else f"`image` must be left out for a UNet without channels for it, got shape {found}."
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
@@ -120,6 +132,9 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = torch.cat([latents, latents]) if guided else latents
             model_input = self.scheduler.scale_model_input(model_input, t)
+            if image is not None:
+                pictures = image.to(model_input).repeat(1 + guided, 1, 1, 1)
+                model_input = torch.cat([model_input, pictures], dim=1)
             model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
             if guided:
                 null_output, class_output = model_output.chunk(2)
@@ -142,7 +157,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
         return state
 
     def _check_inputs(
-        self, class_labels, batch_size, guidance_scale, latents, generator, callback_tensors
+        self, class_labels, batch_size, guidance_scale, image, latents, generator, callback_tensors
     ) -> tuple[torch.Tensor | None, int]:
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
@@ -168,6 +183,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
         sizes = {
             "batch_size": batch_size,
             "class_labels": None if class_labels is None else len(class_labels),
+            "image": None if image is None else image.shape[0],
             "latents": None if latents is None else latents.shape[0],
             "generator": len(generator) if isinstance(generator, list) else None,
         }
