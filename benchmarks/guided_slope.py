@@ -1,5 +1,5 @@
 """
-The slope of a guided prediction: along the guided path, or combined from the branches' own paths as in the paper's code.
+The slope of a guided prediction: along the guided path, or combined from the branches' own, as in the paper's code.
 
     python benchmarks/guided_slope.py
 

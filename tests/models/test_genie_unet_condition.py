@@ -234,3 +234,27 @@ def test_half_precision_agrees_within_the_rounding_of_a_step(genie_unet, noise, 
     assert stepped[dtype].dtype == dtype
     error = (stepped[dtype].float() - stepped[torch.float32]).norm() / stepped[torch.float32].norm()
     assert error < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["head", "exact slope"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_guided_slopes_in_half_precision_where_alpha_all_but_vanishes(text_unet, head_for, noise, dtype, exact):
+    """At zero terminal SNR ε = α v + σ x has lost v in half precision; the branches are of v."""
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    plain = text_unet()
+    model = GenieUNet2DConditionModel.from_unet(plain, head_for(plain, DerivativeHead, **config)).to(dtype)
+    x, texts = noise(2, 2, 8, 8).to(dtype), noise(4, 3, 8, seed=1).to(dtype)
+    scheduler, slopes = GenieScheduler(**config, method="taylor"), []
+    source = ExactSlope(model) if exact else model.slope_source
+
+    def recorded(*args, **kwargs):
+        slopes.append(source(*args, **kwargs))
+        return slopes[-1]
+
+    recorded.bind = source.bind
+    scheduler.attach(recorded)
+    scheduler.set_timesteps(5)
+    t = scheduler.timesteps[0]
+    null, conditional = denoise(model, x.repeat(2, 1, 1, 1), texts, t).chunk(2)
+    stepped = scheduler.step(null + 5.0 * (conditional - null), t, x).prev_sample
+    assert len(slopes) == 1 and torch.isfinite(slopes[0]).all() and torch.isfinite(stepped).all()
