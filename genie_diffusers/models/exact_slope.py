@@ -38,6 +38,7 @@ class ExactSlope:
         self._model = getattr(model, "_orig_mod", model)  # forward mode needs the module behind `torch.compile`
         self._signature = inspect.signature(self._model.forward)
         self._call: inspect.BoundArguments | None = None
+        self._output: torch.Tensor | None = None
         self._recording = True
         self._process: VariancePreserving | None = None
         self._check = RunCheck()
@@ -46,7 +47,7 @@ class ExactSlope:
     def remove(self):
         """Take the hook off the denoiser and forget its last call."""
         self._hook.remove()
-        self._call = None
+        self._call = self._output = None
 
     def bind(self, process: VariancePreserving, prediction_type: str):
         """Called by the scheduler with the diffusion it samples and what the denoiser predicts."""
@@ -54,7 +55,7 @@ class ExactSlope:
 
     def _record(self, module, args, kwargs, output):
         if self._recording:
-            self._call = self._signature.bind(*args, **kwargs)
+            self._call, self._output = self._signature.bind(*args, **kwargs), _tensor(output)
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +73,7 @@ class ExactSlope:
         Raises:
             ValueError: If the denoiser was not called with `sample`, or its outputs do not combine to the prediction.
         """
-        if self._call is None or self._process is None:
+        if self._call is None or self._output is None or self._process is None:
             raise ValueError(
                 "`ExactSlope` needs its model to be called before `step`, by the pipeline it is attached to."
             )
@@ -103,13 +104,14 @@ class ExactSlope:
         self._recording = False
         try:
             with forward_mode(self._model):
-                outputs, outputs_dot, *_ = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
+                output_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))[1]
         finally:
             self._recording = True
-        output, output_dot = outputs, outputs_dot
+        # The outputs that were guided with: those of forward mode are rounded otherwise.
+        output = self._output[:, : sample.shape[1]]
         if branches > 1:
             shape = (branches, sample.shape[0])
-            outputs, outputs_dot = outputs.unflatten(0, shape), outputs_dot.unflatten(0, shape)
+            outputs, outputs_dot = output.unflatten(0, shape), output_dot.unflatten(0, shape)
             guided = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
             weights = branch_weights(outputs, guided, check)
             output, output_dot = (weights * outputs).sum(0), (weights * outputs_dot).sum(0)
