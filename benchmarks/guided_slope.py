@@ -6,7 +6,8 @@ The slope of a guided prediction: along the guided path, or combined from the br
 writes `benchmarks/results/guided_slope.json`, measured on the packaged class-conditional checkpoint. The reference is
 the slope of the guided prediction along converged guided solutions, as a centred difference quotient. Both sources,
 exact derivatives and the packaged derivative head, are asked once for each branch along the guided velocity, and once
-for each branch along its own; the latter are then combined as null + w (conditional − null).
+for each branch along its own; the latter are then combined as null + w (conditional − null). A third one, whose
+derivative in time is a difference quotient, shows what a model trained at integer timesteps has not learned.
 """
 
 import argparse
@@ -16,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 
 from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.models.exact_slope import forward_mode, velocity_of
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
@@ -29,6 +32,8 @@ HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 REFERENCE_CALLS = 100
 #: every so many points of the converged solutions, where λ is in this range; quotients are over two points
 STRIDE, RANGE = 6, (-4.0, 2.5)
+#: in λ, to both sides
+SECANT = 0.3
 
 
 class OwnPaths:
@@ -45,6 +50,24 @@ class OwnPaths:
             own = predict(self.unet, sample, torch.tensor(int(timestep)), Noises(sample, labels, None))
             slopes.append(self.source(sample, own, timestep, **kwargs))
         return slopes[0] + self.noises.scales[:, None, None, None] * (slopes[1] - slopes[0])
+
+
+def slope_by_secant(
+    unet, teacher: GenieScheduler, timestep: float, sample: torch.Tensor, noises: Noises
+) -> torch.Tensor:
+    """dε/dλ with the exact derivative in the sample, and over `SECANT` to both sides of the timestep that in time."""
+    process = teacher.process
+    prediction = predict(unet, sample, torch.tensor(timestep), noises)
+    velocity = velocity_of(sample, prediction, float(process.sigma(timestep)), "epsilon")
+    ends = [process.log_snr(timestep) + side for side in (SECANT, -SECANT)]
+    ends = np.clip(np.round(process.timestep(np.array(ends))), 0, process.timestep_max)
+    ahead, behind = (predict(unet, sample, torch.tensor(end), noises) for end in ends)
+    width = float(process.log_snr(ends[0]) - process.log_snr(ends[1]))
+    with forward_mode(unet):
+        in_sample = torch.func.jvp(lambda x: predict(unet, x, torch.tensor(timestep), noises), (sample,), (velocity,))[
+            1
+        ]
+    return in_sample + (ahead - behind) / width
 
 
 @torch.no_grad()
@@ -65,7 +88,7 @@ def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespa
     exact = ExactSlope(unet)
     sources = {"exact": exact, "head": unet.slope_source}
     sources |= {f"{name}, own paths": OwnPaths(unet, source, noises) for name, source in list(sources.items())}
-    squares = {name: 0.0 for name in sources}
+    squares = {name: 0.0 for name in (*sources, "secant in time", "secant in time, own paths")}
     energy = 0.0
     points = [i for i in range(1, REFERENCE_CALLS - 1, STRIDE) if RANGE[0] < lambdas[i] < RANGE[1]]
     for i in points:
@@ -77,14 +100,20 @@ def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespa
             predict(unet, states[i], timestep, noises)  # the call that the sources of both branches refer to
             slope = source(states[i], predictions[i], float(timestep))
             squares[name] += float((slope - reference).square().sum())
+        null = torch.full_like(noises.labels, unet.config.num_class_embeds - 1)
+        guided, *own = (
+            slope_by_secant(unet, teacher, float(timestep), states[i], Noises(states[i], labels, scales))
+            for labels, scales in ((noises.labels, noises.scales), (null, None), (noises.labels, None))
+        )
+        squares["secant in time"] += float((guided - reference).square().sum())
+        combined = own[0] + scale * (own[1] - own[0])
+        squares["secant in time, own paths"] += float((combined - reference).square().sum())
     found = {name: {"slope": (value / energy) ** 0.5} for name, value in squares.items()}
-    for method in ("taylor", "hermite"):
-        for name, source in {"history": None, **sources}.items():
-            scheduler = solver_of(config, time_grid="uniform_lambda", method=method)
-            scheduler.attach(source)
-            drawn = solve(unet, scheduler, args.steps, noises)
-            error = float(relative_error(drawn, converged).mean())
-            found.setdefault(name, {})[f"{method}, {args.steps} steps"] = error
+    for name, source in {"history": None, **sources}.items():
+        scheduler = solver_of(config, time_grid="uniform_lambda", method="taylor")
+        scheduler.attach(source)
+        drawn = solve(unet, scheduler, args.steps, noises)
+        found.setdefault(name, {})["pictures"] = float(relative_error(drawn, converged).mean())
     exact.remove()
     return {name: {what: round(value, 4) for what, value in values.items()} for name, values in found.items()}
 
@@ -100,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     report = {
         "command": "python benchmarks/guided_slope.py",
         "what": "by guidance scale and source: root mean square error of dε/dλ relative to the slope of converged "
-        f"solutions, and mean relative error of pictures of {args.steps} steps; {args.noises} noises",
+        f"solutions, and mean relative error of pictures of {args.steps} Taylor steps; {args.noises} noises",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "results": results,
     }
