@@ -4,9 +4,19 @@ Importing this package makes its schedulers and models known to `DiffusionPipeli
 are loaded by their own `from_pretrained`.
 """
 
-from .models import DerivativeHead, DSNOUNet2DModel, ExactSlope, GenieUNet2DModel, ImageClassifier, StepHead
+from typing import TYPE_CHECKING
+
+from .models import (
+    DerivativeHead,
+    DSNOUNet2DModel,
+    ExactSlope,
+    GenieUNet2DConditionModel,
+    GenieUNet2DModel,
+    ImageClassifier,
+    StepHead,
+)
 from .pipelines import DSNOPipeline, GDDIMPipeline, GeniePipeline
-from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, VariancePreserving
+from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, RectifiedFlow, VariancePreserving
 from .schedulers import (
     GDDIMBlurringScheduler,
     GDDIMCLDScheduler,
@@ -16,6 +26,12 @@ from .schedulers import (
     LinearDiffusionScheduler,
     QuasiTaylorScheduler,
 )
+
+if TYPE_CHECKING:
+    from .pipelines.pipeline_genie_stable_diffusion import (
+        GenieStableDiffusionPipeline,
+        GenieStableDiffusionXLPipeline,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -33,11 +49,24 @@ __all__ = [
     "GGDMScheduler",
     "GeniePipeline",
     "GenieScheduler",
+    "GenieStableDiffusionPipeline",
+    "GenieStableDiffusionXLPipeline",
+    "GenieUNet2DConditionModel",
     "GenieUNet2DModel",
     "ImageClassifier",
     "LinearDiffusion",
     "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",
+    "RectifiedFlow",
     "StepHead",
     "VariancePreserving",
 ]
+
+
+def __getattr__(name: str):
+    # Text-to-image pipelines import transformers, which not everybody has or wants to wait for.
+    if name in ("GenieStableDiffusionPipeline", "GenieStableDiffusionXLPipeline"):
+        from .pipelines import pipeline_genie_stable_diffusion
+
+        return getattr(pipeline_genie_stable_diffusion, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

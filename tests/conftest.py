@@ -1,10 +1,19 @@
-"""An exact denoiser (a Gaussian mixture in the plane) and small random UNets, for tests without checkpoints."""
+"""An exact denoiser (a Gaussian mixture in the plane), small random UNets and pipelines: nothing is downloaded."""
 
+import json
 import math
+import string
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from hypothesis import settings
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
@@ -141,3 +150,114 @@ def _random_model(cls, config: dict, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(**config).double().eval()
+
+
+@pytest.fixture(scope="session")
+def like_trained():
+    """
+    Gives random weights two properties of trained ones: the output changes slowly with the timestep (the fast half of
+    the sinusoids is cut off), and visibly with the sample.
+    """
+
+    def change(unet):
+        weight = unet.time_embedding.linear_1.weight.data
+        weight.unflatten(1, (2, 2, -1))[:, :, 0] = 0  # cosines and sines, each from fast to slow
+        unet.conv_out.weight.data *= 3
+        return unet.eval()
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = list(string.ascii_lowercase)
+    tokens = letters + [f"{letter}</w>" for letter in letters] + ["ca", "cat</w>"]
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+
+
+@pytest.fixture(scope="session")
+def make_stable_diffusion(tokenizer, like_trained):
+    """
+    Any pipeline of Stable Diffusion 1.x, 2.x or XL, ControlNet and upscaling included:
+    `make_stable_diffusion(StableDiffusionImg2ImgPipeline)`.
+    """
+
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def make(pipeline_class=StableDiffusionPipeline, unet_channels=4, scheduler=None):
+        torch.manual_seed(0)
+        name = pipeline_class.__name__
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        options = {"cross_attention_dim": 16}
+        components = {"text_encoder": CLIPTextModel(text_config).eval(), "tokenizer": tokenizer}
+        if "XL" in name:
+            components |= {"text_encoder_2": CLIPTextModelWithProjection(text_config).eval()}
+            components |= {"tokenizer_2": tokenizer}
+            options = {"cross_attention_dim": 32, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+            options |= {"projection_class_embeddings_input_dim": 16 + 6 * 8}
+        else:
+            components |= {"safety_checker": None, "feature_extractor": None}
+        if "Upscale" in name:
+            components |= {"low_res_scheduler": DDPMScheduler()}
+            options |= {"num_class_embeds": 1000}
+        elif "XL" not in name:
+            components |= {"requires_safety_checker": False}
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=unet_channels,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=2,
+            norm_num_groups=4,
+            **options,
+        )
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(8, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        if "ControlNet" in name:
+            control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+            for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+                torch.nn.init.normal_(block.weight, std=0.1)  # zero in a new one
+            components |= {"controlnet": control.eval()}
+        if scheduler is None:  # as in the published checkpoints
+            scheduler = DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            )
+        pipe = pipeline_class(vae=vae.eval(), unet=like_trained(unet), scheduler=scheduler, **components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

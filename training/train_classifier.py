@@ -23,6 +23,7 @@ from genie_diffusers.model_card import create_model_card
 from training_utils import (
     RunLog,
     TrainingStream,
+    adamw,
     add_data_arguments,
     add_training_arguments,
     hub_id,
@@ -123,13 +124,7 @@ def main(args: argparse.Namespace) -> None:
     shape = (model.config.in_channels, args.resolution, args.resolution)
     stream = TrainingStream(pictures, shape, (0, 0, 0), args.seed, args.random_flip)
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = adamw(args, model.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

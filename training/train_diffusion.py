@@ -31,6 +31,7 @@ from genie_diffusers.processes.linear_diffusion import inverse
 from training_utils import (
     RunLog,
     TrainingStream,
+    adamw,
     add_data_arguments,
     add_training_arguments,
     check_labels,
@@ -332,13 +333,7 @@ def main(args: argparse.Namespace) -> None:
         null_class=classes,
     )
 
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = adamw(args, unet.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -29,6 +29,7 @@ from genie_diffusers.models.exact_slope import forward_mode, slope_of_noise, to_
 from training_utils import (
     RunLog,
     TrainingStream,
+    adamw,
     add_data_arguments,
     add_training_arguments,
     check_labels,
@@ -356,13 +357,7 @@ def main(args: argparse.Namespace) -> None:
         args.label_dropout,
     )
 
-    optimizer = torch.optim.AdamW(
-        head.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = adamw(args, head.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )

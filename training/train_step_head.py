@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from conditions import add_condition_arguments, conditioned, load_unet, rematerialised, with_head
 from genie_diffusers import GenieScheduler, GenieUNet2DModel, StepHead
 from genie_diffusers.model_card import create_model_card
 from ode_paths import (
@@ -36,6 +37,7 @@ from ode_paths import (
 )
 from training_utils import (
     RunLog,
+    adamw,
     add_training_arguments,
     hub_id,
     launch_command,
@@ -57,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
-        help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` and a scheduler.",
+        help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` or `UNet2DConditionModel` and a "
+        "scheduler.",
     )
     parser.add_argument(
         "--table_steps",
@@ -82,12 +85,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_guidance_scale",
         type=float,
         default=1.0,
-        help="A third of what the network learns from is guided, with scales from 1 to this. For models with classes.",
+        help="A third of what the network learns from is guided, with scales from 1 to this. For models with classes "
+        "or captions.",
     )
     parser.add_argument(
-        "--label_dropout", type=float, default=0.1, help="Share of unguided samples of the null class, the last one."
+        "--label_dropout",
+        type=float,
+        default=0.1,
+        help="Share of unguided samples of the null class, the last one, or of the empty prompt.",
     )
     parser.add_argument("--solve_batch_size", type=int, default=64, help="Batch size where nothing is trained.")
+    add_condition_arguments(parser)
     add_training_arguments(parser)
     return parser.parse_args(argv)
 
@@ -134,7 +142,7 @@ def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
     classes = unet.config.num_class_embeds
     if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and classes is None):
         raise ValueError(
-            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes, got "
+            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes or captions, got "
             f"{args.max_guidance_scale}."
         )
     missing = sorted(set(args.head_steps) - set(args.table_steps))
@@ -151,13 +159,17 @@ def main(args: argparse.Namespace) -> None:
     accelerator = start_accelerator(args)
     set_seed(args.seed)  # the same in all processes, whose heads start alike
     device = accelerator.device
-    unet = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet").float().eval()
-    check(args, unet)
+    unet = load_unet(args.pretrained_model_name_or_path)
     scheduler_config = GenieScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
     scheduler = solver_of(scheduler_config)
     head = StepHead.for_unet(unet, scheduler.config, width=args.head_width)
-    unet = GenieUNet2DModel.from_unet(unet, head).requires_grad_(False).to(device)
+    unet = with_head(unet, head).requires_grad_(False).to(device)
     head.requires_grad_(True)
+    if args.gradient_checkpointing:
+        rematerialised(unet)
+    with accelerator.main_process_first():
+        unet = conditioned(unet, args, accelerator.mixed_precision, device)
+    check(args, unet)
 
     # What is learned from does not change: whatever was computed before a kill is read again.
     guided = args.train_trajectories // 3 if args.max_guidance_scale > 1 else 0
@@ -180,13 +192,7 @@ def main(args: argparse.Namespace) -> None:
     pictures = load_file(pairs_file)
     scheduler.attach(unet)
 
-    optimizer = torch.optim.AdamW(
-        head.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = adamw(args, head.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -307,6 +313,11 @@ def finish(
     for name, values in errors.items():
         by_steps = dict(zip(args.table_steps, values, strict=True))
         facts[f"Held-out relative error, {name}"] = ", ".join(f"{n}: {by_steps[n]:.4f}" for n in shown)
+    model_class, pipeline_class, call = "GenieUNet2DModel", "GeniePipeline", "num_inference_steps=8"
+    if args.captions is not None:
+        model_class = "GenieUNet2DConditionModel"
+        pipeline_class = f"GenieStableDiffusion{'XL' if 'text_embeds' in unet.names else ''}Pipeline"
+        call = f'"a photo of a cat", {call}'
     repository = args.hub_model_id or args.output_dir.name
     base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
     card = create_model_card(
@@ -315,12 +326,11 @@ def finish(
         "of a short sampling run near the converged solution of the probability-flow ODE. It was distilled from the "
         "denoiser alone, without data.",
         usage=(
-            "from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel\n"
-            "from diffusers import DiffusionPipeline\n\n"
-            f'base = DiffusionPipeline.from_pretrained("{base}")\n'
-            f'unet = GenieUNet2DModel.from_unet(base.unet, derivative_head="{repository}")\n'
-            "scheduler = GenieScheduler.from_config(base.scheduler.config, clip_sample=False)\n"
-            "images = GeniePipeline(unet, scheduler)(num_inference_steps=8).images"
+            f"from genie_diffusers import {pipeline_class}, GenieScheduler, {model_class}\n\n"
+            f'pipe = {pipeline_class}.from_pretrained("{base}")\n'
+            f"pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config, clip_sample=False)\n"
+            f'pipe.unet = {model_class}.from_unet(pipe.unet, derivative_head="{repository}")\n'
+            f"images = pipe({call}).images"
         ),
         facts=facts,
         command=launch_command(),

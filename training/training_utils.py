@@ -47,6 +47,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
+    add("--use_8bit_adam", action="store_true", help="Keep the optimizer's state in 8 bits, by bitsandbytes.")
     add("--max_grad_norm", type=float, default=1.0)
     add("--ema_max_decay", type=float, default=0.9999, help="Decay of the averaged weights, which are what is saved.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: as in `accelerate config`.")
@@ -79,6 +80,29 @@ def add_data_arguments(parser: argparse.ArgumentParser, label_dropout: bool = Tr
             help="Probability of replacing a label by the null class, the last of `num_class_embeds`.",
         )
     add("--dataloader_num_workers", type=int, default=0)
+
+
+def adamw(args: argparse.Namespace, parameters) -> torch.optim.Optimizer:
+    """
+    The optimizer that the arguments describe.
+
+    Raises:
+        ImportError: With `--use_8bit_adam`, if bitsandbytes is not installed.
+    """
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ImportError("`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`.") from error
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
 
 def launch_command() -> str:

@@ -38,6 +38,7 @@ class ExactSlope:
         self._model = getattr(model, "_orig_mod", model)  # forward mode needs the module behind `torch.compile`
         self._signature = inspect.signature(self._model.forward)
         self._call: inspect.BoundArguments | None = None
+        self._output: torch.Tensor | None = None
         self._recording = True
         self._process: VariancePreserving | None = None
         self._check = RunCheck()
@@ -46,7 +47,7 @@ class ExactSlope:
     def remove(self):
         """Take the hook off the denoiser and forget its last call."""
         self._hook.remove()
-        self._call = None
+        self._call = self._output = None
 
     def bind(self, process: VariancePreserving, prediction_type: str):
         """Called by the scheduler with the diffusion it samples and what the denoiser predicts."""
@@ -54,7 +55,7 @@ class ExactSlope:
 
     def _record(self, module, args, kwargs, output):
         if self._recording:
-            self._call = self._signature.bind(*args, **kwargs)
+            self._call, self._output = self._signature.bind(*args, **kwargs), _tensor(output)
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +73,7 @@ class ExactSlope:
         Raises:
             ValueError: If the denoiser was not called with `sample`, or its outputs do not combine to the prediction.
         """
-        if self._call is None or self._process is None:
+        if self._call is None or self._output is None or self._process is None:
             raise ValueError(
                 "`ExactSlope` needs its model to be called before `step`, by the pipeline it is attached to."
             )
@@ -81,9 +82,16 @@ class ExactSlope:
         model_input = arguments[sample_name]
         check = self._check(timestep, sample.device)
         branches = count_branches(model_input, sample, check)
+        if check and not torch.allclose(
+            torch.as_tensor(arguments.get("timestep", timestep)).double().cpu(), torch.tensor(timestep).double()
+        ):
+            raise ValueError(
+                f"`ExactSlope` needs a model that is called with the scheduler's timestep {timestep:g}, got "
+                f"`timestep={arguments['timestep']}`."
+            )
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
         # Eq. (1): the velocity of the sample, zero on further channels.
-        velocity = sigma**2 * sample - sigma * noise_prediction
+        velocity = velocity_of(sample, noise_prediction, sigma, self._prediction_type)
         x_dot = torch.zeros_like(model_input)
         x_dot[:, : sample.shape[1]] = velocity.repeat(branches, *(1,) * (sample.ndim - 1))
         time = torch.full((model_input.shape[0],), timestep, device=sample.device, dtype=torch.float32)
@@ -96,13 +104,14 @@ class ExactSlope:
         self._recording = False
         try:
             with forward_mode(self._model):
-                outputs, outputs_dot, *_ = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))
+                output_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))[1]
         finally:
             self._recording = True
-        output, output_dot = outputs, outputs_dot
+        # The outputs that were guided with: those of forward mode are rounded otherwise.
+        output = self._output[:, : sample.shape[1]]
         if branches > 1:
             shape = (branches, sample.shape[0])
-            outputs, outputs_dot = outputs.unflatten(0, shape), outputs_dot.unflatten(0, shape)
+            outputs, outputs_dot = output.unflatten(0, shape), output_dot.unflatten(0, shape)
             guided = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
             weights = branch_weights(outputs, guided, check)
             output, output_dot = (weights * outputs).sum(0), (weights * outputs_dot).sum(0)
@@ -127,6 +136,11 @@ def forward_mode(model: torch.nn.Module):
             hook.remove()
 
 
+def velocity_of(sample: torch.Tensor, noise_prediction: torch.Tensor, sigma, prediction_type: str) -> torch.Tensor:
+    """dx/dλ = (d log α/dλ) x − σ ε, where d log α/dλ is σ², or σ if α = 1 − σ (flow matching)."""
+    return (sigma if prediction_type == "flow_prediction" else sigma**2) * sample - sigma * noise_prediction
+
+
 def slope_of_noise(
     output: torch.Tensor,
     output_dot: torch.Tensor,
@@ -142,6 +156,8 @@ def slope_of_noise(
     """
     if prediction_type == "epsilon":
         return output_dot
+    if prediction_type == "flow_prediction":  # ε = x + α v, dα/dλ = ασ
+        return velocity + alpha * output_dot + alpha * sigma * output
     if prediction_type == "v_prediction":  # ε = α v + σ x
         return alpha * output_dot + sigma * velocity + alpha * sigma * (sigma * output - alpha * sample)
     # ε = (x − α x_0)/σ
@@ -157,17 +173,21 @@ def to_noise_prediction(
         return output
     if prediction_type == "v_prediction":
         return alpha * output + sigma * sample
+    if prediction_type == "flow_prediction":
+        return sample + alpha * output
     return (sample - alpha * output) / sigma
 
 
 def to_model_output(
     noise_prediction: torch.Tensor, sample: torch.Tensor, alpha: float, sigma: float, prediction_type: str
 ) -> torch.Tensor:
-    """ε as the model would have said it: ε itself, v = (ε − σ x)/α, or x_0 = (x − σ ε)/α."""
+    """ε as the model would have said it: ε itself, v = (ε − σ x)/α, x_0 = (x − σ ε)/α, or v = (ε − x)/α on flows."""
     if prediction_type == "epsilon":
         return noise_prediction
     if prediction_type == "v_prediction":
         return (noise_prediction - sigma * sample) / alpha
+    if prediction_type == "flow_prediction":
+        return (noise_prediction - sample) / alpha
     return (sample - sigma * noise_prediction) / alpha
 
 

@@ -1,12 +1,13 @@
 """UNets that carry a head. Their output is that of the plain UNet."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here when a pipeline is loaded)
 
 from ..processes import VariancePreserving
@@ -58,12 +59,15 @@ class HeadSlope:
         """
         call = self._unet.last_call
         if call is None:
-            raise ValueError("The UNet must be called before `step`, by the pipeline its head is attached to.")
+            raise ValueError(
+                "The UNet must be called before `step`, by the pipeline its head is attached to. A pipeline that "
+                "builds a UNet of its own, such as AnimateDiff, samples without a head: `scheduler.attach(None)`."
+            )
         check = self._check(timestep, sample.device)
         branches = count_branches(call["sample"], sample, check)
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
         repeats = (branches, *(1,) * (sample.ndim - 1))
-        dtype = call["features"].dtype
+        dtype = self._head.dtype
         of_step = {}
         if isinstance(self._head, StepHead):
             history_slope = None if history_slope is None else history_slope.to(dtype).repeat(repeats)
@@ -71,8 +75,8 @@ class HeadSlope:
         slopes = self._head(
             sample.to(dtype).repeat(repeats),
             noise_prediction.to(dtype).repeat(repeats),
-            call["features"],
-            call["time_embedding"],
+            call["features"].to(dtype),
+            call["time_embedding"].to(dtype),
             alpha,
             sigma,
             **of_step,
@@ -92,6 +96,7 @@ class _GenieUNet(torch.nn.Module):
     register_to_config: Callable
     time_embedding: torch.nn.Module
     conv_norm_out: torch.nn.Module
+    config: Any
 
     derivative_head: UNetHead | None
     last_call: dict[str, torch.Tensor] | None
@@ -113,17 +118,6 @@ class _GenieUNet(torch.nn.Module):
     def _keep_features(self, module, args):
         self._features = args[0]
 
-    def forward(self, sample: torch.Tensor, *args, **kwargs):
-        """The forward method of the plain UNet; what the head reads is kept until the next call."""
-        output = super().forward(sample, *args, **kwargs)
-        self.last_call = {
-            "sample": sample,
-            "output": output[0],
-            "features": self._features,
-            "time_embedding": self._time_embedding,
-        }
-        return output
-
     @property
     def slope_source(self) -> HeadSlope:
         """The head as a slope source, found by [`GenieScheduler.attach`]."""
@@ -131,10 +125,13 @@ class _GenieUNet(torch.nn.Module):
 
     @classmethod
     def from_unet(
-        cls: type[Model], unet: UNet2DModel, derivative_head: UNetHead | str | os.PathLike, **kwargs
+        cls: type[Model],
+        unet: UNet2DModel | UNet2DConditionModel,
+        derivative_head: UNetHead | str | os.PathLike,
+        **kwargs,
     ) -> Model:
         """
-        The same UNet with a head. Its weights are shared with `unet`, not copied.
+        The same UNet with a head. Its weights are shared with `unet`, not copied, and so are its adapters.
 
         Args:
             unet: The plain UNet.
@@ -164,6 +161,12 @@ class _GenieUNet(torch.nn.Module):
         for name, child in unet.named_children():
             if name != "derivative_head":
                 setattr(model, name, child)
+        # What adapters have noted beside the children: the names of LoRAs, the kind of an IP-Adapter.
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            if name in vars(unet):
+                setattr(model, name, vars(unet)[name])
+        if isinstance(unet, UNet2DConditionModel):
+            model.config.encoder_hid_dim_type = unet.config.encoder_hid_dim_type
         model._record_from_children()
         # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
         model.derivative_head = torch.nn.Module.to(head, device=unet.device, dtype=unet.dtype)
@@ -189,6 +192,23 @@ def _with_head_argument(init, base):
     return init
 
 
+def _recorded(forward):
+    """The forward method of a plain UNet; what the head reads is kept until the next call."""
+
+    @functools.wraps(forward)  # the signature too, by which `ExactSlope` and pipelines call
+    def record(self, sample: torch.Tensor, *args, **kwargs):
+        output = forward(self, sample, *args, **kwargs)
+        self.last_call = {
+            "sample": sample,
+            "output": output[0],
+            "features": self._features,
+            "time_embedding": self._time_embedding,
+        }
+        return output
+
+    return record
+
+
 class GenieUNet2DModel(_GenieUNet, UNet2DModel):
     """
     A [`UNet2DModel`] with a head, for [`GenieScheduler.attach`].
@@ -208,3 +228,26 @@ class GenieUNet2DModel(_GenieUNet, UNet2DModel):
         self._add_head(derivative_head_config)
 
     __init__ = _with_head_argument(__init__, UNet2DModel)
+    forward = _recorded(UNet2DModel.forward)
+
+
+class GenieUNet2DConditionModel(_GenieUNet, UNet2DConditionModel):
+    """
+    A [`UNet2DConditionModel`] with a head: the denoiser of Stable Diffusion 1.x, 2.x and XL, inpainting or upscaling.
+
+    Takes the arguments of [`UNet2DConditionModel`], and `derivative_head_config` (`dict`, *optional*), the
+    configuration of the head. Whatever else the denoiser is given (masks and images on further channels, added
+    conditions, residuals of a ControlNet, adapters) reaches it unchanged.
+
+    ```py
+    >>> pipe.unet = GenieUNet2DConditionModel.from_unet(pipe.unet, derivative_head="user/step-head")
+    >>> pipe.scheduler.attach(pipe.unet)
+    ```
+    """
+
+    def __init__(self, *args, derivative_head_config: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._add_head(derivative_head_config)
+
+    __init__ = _with_head_argument(__init__, UNet2DConditionModel)
+    forward = _recorded(UNet2DConditionModel.forward)

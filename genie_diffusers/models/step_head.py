@@ -97,7 +97,7 @@ class StepHead(UNetHead):
         A new head that fits `unet`, with its noise schedule and fingerprint noted, and no tables yet.
 
         Args:
-            unet ([`UNet2DModel`]): The denoiser to distil. Its pictures have even height and width.
+            unet ([`UNet2DModel`] or [`UNet2DConditionModel`]): The denoiser to distil.
             scheduler_config (mapping, *optional*): Configuration of the scheduler it was trained with.
             width (`int`, *optional*): Channels inside the head, a multiple of 8. By default half of the denoiser's
                 feature channels, at least 32.
@@ -148,8 +148,9 @@ class StepHead(UNetHead):
         ]
         embedding = self.embedding(torch.cat([time_embedding, *lengths], dim=1))
         hidden = self.feature_in(self.feature_norm(features)) + self.sample_in(inputs)
-        low = self.down(hidden)
+        height, width = hidden.shape[-2:]
+        low = self.down(torch.nn.functional.pad(hidden, (0, width % 2, 0, height % 2)))
         for block in self.blocks:
             low = block(low, embedding)
-        hidden = self.block_out(hidden + self.up(low), embedding)
+        hidden = self.block_out(hidden + self.up(low)[..., :height, :width], embedding)
         return self.conv_out(torch.nn.functional.silu(hidden))

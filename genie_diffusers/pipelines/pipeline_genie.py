@@ -10,14 +10,27 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..schedulers.scheduling_utils import TableScheduler
 
-class GeniePipeline(DiffusionPipeline):
+
+class AttachesHead:
+    """What our pipelines add to diffusers': whenever UNet or scheduler are assigned, the two are attached."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("unet", "scheduler"):
+            unet, scheduler = vars(self).get("unet"), vars(self).get("scheduler")
+            if getattr(unet, "derivative_head", None) is not None and isinstance(scheduler, TableScheduler):
+                scheduler.attach(unet)
+
+
+class GeniePipeline(AttachesHead, DiffusionPipeline):
     """
     Pipeline for unconditional and class-conditional image generation.
 
-    If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two
-    are attached when the pipeline is built. A scheduler that is assigned later samples without the head until
-    `pipe.scheduler.attach(pipe.unet)`. Every scheduler of diffusers works too.
+    If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two are
+    attached when the pipeline is built and when either is assigned; `pipe.scheduler.attach(None)` samples without the
+    head. Every scheduler of diffusers works too.
 
     Args:
         unet ([`UNet2DModel`] or [`GenieUNet2DModel`]):
@@ -33,8 +46,6 @@ class GeniePipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
-        if getattr(unet, "derivative_head", None) is not None and hasattr(scheduler, "attach"):
-            scheduler.attach(unet)
 
     @torch.no_grad()
     def __call__(
@@ -45,6 +56,7 @@ class GeniePipeline(DiffusionPipeline):
         num_inference_steps: int = 10,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
@@ -69,6 +81,9 @@ class GeniePipeline(DiffusionPipeline):
                 any split into batches).
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Initial standard normal noise, instead of drawing it.
+            image (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                For a model that takes pictures on further input channels, such as the low-resolution ones of an
+                upscaler: these pictures, in height and width of the sample, as the model was trained with them.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (batch, height, width, channels in [0, 1]), `"pt"` (batch, channels, height, width in
                 [0, 1]) or `"latent"` (the sample itself, in [−1, 1] but for overshoots).
@@ -85,7 +100,7 @@ class GeniePipeline(DiffusionPipeline):
         """
         device, dtype = self._execution_device, self.unet.dtype
         class_labels, batch_size = self._check_inputs(
-            class_labels, batch_size, guidance_scale, latents, generator, callback_on_step_end_tensor_inputs
+            class_labels, batch_size, guidance_scale, image, latents, generator, callback_on_step_end_tensor_inputs
         )
         guided = guidance_scale != 1.0
         num_classes = self.unet.config.num_class_embeds
@@ -96,7 +111,15 @@ class GeniePipeline(DiffusionPipeline):
 
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        further = max(0, self.unet.config.in_channels - self.unet.config.out_channels)
+        shape = (batch_size, self.unet.config.in_channels - further, height, width)
+        found = None if image is None else tuple(image.shape)
+        if found != ((batch_size, further, height, width) if further else None):
+            raise ValueError(
+                f"`image` must have shape {(batch_size, further, height, width)} for this UNet, got {found}."
+                if further
+                else f"`image` must be left out for a UNet without channels for it, got shape {found}."
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
@@ -109,6 +132,9 @@ class GeniePipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = torch.cat([latents, latents]) if guided else latents
             model_input = self.scheduler.scale_model_input(model_input, t)
+            if image is not None:
+                pictures = image.to(model_input).repeat(1 + guided, 1, 1, 1)
+                model_input = torch.cat([model_input, pictures], dim=1)
             model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
             if guided:
                 null_output, class_output = model_output.chunk(2)
@@ -131,7 +157,7 @@ class GeniePipeline(DiffusionPipeline):
         return state
 
     def _check_inputs(
-        self, class_labels, batch_size, guidance_scale, latents, generator, callback_tensors
+        self, class_labels, batch_size, guidance_scale, image, latents, generator, callback_tensors
     ) -> tuple[torch.Tensor | None, int]:
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
@@ -139,7 +165,7 @@ class GeniePipeline(DiffusionPipeline):
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
         class_labels, batch_size = check_inputs(
-            self.unet.config.num_class_embeds, class_labels, batch_size, latents, generator
+            self.unet.config.num_class_embeds, class_labels, batch_size, latents, generator, image
         )
         if class_labels is None and guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale={guidance_scale}` needs `class_labels` to guide towards.")
@@ -147,7 +173,7 @@ class GeniePipeline(DiffusionPipeline):
 
 
 def check_inputs(
-    num_classes: int | None, class_labels, batch_size: int | None, latents, generator
+    num_classes: int | None, class_labels, batch_size: int | None, latents, generator, image=None
 ) -> tuple[torch.Tensor | None, int]:
     """The class of each image, if classes are given, and the number of images, on which all arguments agree."""
     if class_labels is not None:
@@ -164,6 +190,7 @@ def check_inputs(
     sizes = {
         "batch_size": batch_size,
         "class_labels": None if class_labels is None else len(class_labels),
+        "image": None if image is None else image.shape[0],
         "latents": None if latents is None else latents.shape[0],
         "generator": len(generator) if isinstance(generator, list) else None,
     }

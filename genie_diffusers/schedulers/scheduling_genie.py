@@ -1,11 +1,16 @@
 """GENIE: higher-order denoising diffusion solvers (Dockhorn, Vahdat & Kreis, 2022, https://huggingface.co/papers/2210.05475)."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (see scheduling_utils)
 
+from ..processes import LinearDiffusion, RectifiedFlow
 from .interpolation import exponential_moments, interpolation_weights, polynomial_moments
-from .scheduling_utils import Row, TableScheduler
+from .scheduling_utils import PREDICTION_TYPES, Row, TableScheduler
 
 METHODS = ("hermite", "taylor")
 
@@ -58,7 +63,9 @@ class GenieScheduler(TableScheduler):
             Use the analytic process β(τ) = N·(beta_start + (beta_end − beta_start)·τ), τ ∈ [10⁻³, 1], N =
             `num_train_timesteps`, for models trained in continuous time; the model is called with (N − 1)·τ.
         prediction_type (`str`, defaults to `"epsilon"`):
-            What the model predicts: `"epsilon"`, `"sample"` or `"v_prediction"`.
+            What the model predicts: `"epsilon"`, `"sample"`, `"v_prediction"`, or `"flow_prediction"`, the velocity
+            z − x_0 of a flow-matching model. The path is then x_t = (1 − σ) x_0 + σ z, σ = t/`num_train_timesteps`
+            ([`RectifiedFlow`]), and of the keys above only `num_train_timesteps` counts.
         variance_type (`str`, *optional*):
             With `"learned"` or `"learned_range"` the second half of the model's output channels is dropped.
         clip_sample (`bool`, defaults to `False`), clip_sample_range (`float`, defaults to 1.0):
@@ -83,6 +90,9 @@ class GenieScheduler(TableScheduler):
             above say.
         method (`str`, defaults to `"hermite"`):
             The solver: `"hermite"` or `"taylor"`.
+        flow_shift (`float`, defaults to 1.0):
+            How much timesteps are shifted towards noise with `prediction_type="flow_prediction"`, the `shift` of
+            [`FlowMatchEulerDiscreteScheduler`]; not with grids in noise level.
         interpolation_order (`int`, defaults to 3):
             Order of the predictor of `method="hermite"`, 1 to 4; lower while less is known. Steps of 0.75 or more in
             λ are at most of order 2, and where λ < −2.5 those of 1.5 or more of order 1.
@@ -92,7 +102,9 @@ class GenieScheduler(TableScheduler):
             (`DDPMPipeline`, `DDIMPipeline`) leave out its rescaling, which is within 1% of one for usual schedules.
     """
 
+    _compatibles = [*TableScheduler._compatibles, "FlowMatchEulerDiscreteScheduler"]
     methods = METHODS
+    prediction_types = (*PREDICTION_TYPES, "flow_prediction")
 
     @register_to_config
     def __init__(
@@ -121,10 +133,92 @@ class GenieScheduler(TableScheduler):
         time_grid: str | None = None,
         denoising_step: bool = False,
         method: str = "hermite",
+        flow_shift: float = 1.0,
         interpolation_order: int = 3,
         analytical_first_step: bool = False,
     ):
         super().__init__()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        if "shift" in config_dict and "beta_schedule" not in config_dict:  # that of a flow-matching scheduler
+            unknown = [
+                key for key in ("invert_sigmas", "shift_terminal", "stochastic_sampling") if config_dict.get(key)
+            ]
+            if unknown:
+                raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
+            own = {"prediction_type": "flow_prediction", "flow_shift": config_dict["shift"]}
+            config_dict = {"beta_schedule": "linear", **own, **config_dict}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    # --- flow matching ---------------------------------------------------------------------------------------------
+
+    @property
+    def _flows(self) -> bool:
+        return self.config.prediction_type == "flow_prediction"
+
+    @property
+    def _process_class(self) -> type[LinearDiffusion]:
+        return RectifiedFlow if self._flows else self.process_class
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ):
+        """
+        Set the timesteps and compute the table of weights. To be called before every sampling run.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                Number of model calls, from 1 to `num_train_timesteps` (one less with the analytical first step, which
+                needs a timestep of its own).
+            device (`str` or `torch.device`, *optional*):
+                Device of `timesteps`.
+            timesteps (`Sequence[float]`, *optional*):
+                Custom strictly decreasing timesteps, instead of `num_inference_steps`.
+            sigmas (`Sequence[float]`, *optional*):
+                Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
+                each is moved to the nearest timestep. With `prediction_type="flow_prediction"` they are the σ, from 1
+                down, before they are shifted, as pipelines of flow-matching models pass them.
+            mu (`float`, *optional*):
+                What pipelines derive the shift from if the scheduler's `use_dynamic_shifting` is set: e^μ, or μ
+                itself with `time_shift_type="linear"`.
+
+        Raises:
+            ValueError: If not exactly one of the three is given, or if it is out of range; if `mu` is missing or
+                means nothing.
+        """
+        dynamic = self._flows and self.config.get("use_dynamic_shifting", False)
+        if dynamic != (mu is not None):
+            raise ValueError(
+                f"`mu` must be given if `use_dynamic_shifting` is set, and only then, got `mu={mu}` and "
+                f"`use_dynamic_shifting={self.config.get('use_dynamic_shifting')}`."
+            )
+        self._shift = self.config.flow_shift
+        if mu is not None:
+            self._shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+
+    def _shifted(self, timesteps: np.ndarray) -> np.ndarray:
+        return self.process.shifted(timesteps, self._shift) if self._flows else timesteps
+
+    def _custom_points(self, timesteps, sigmas) -> np.ndarray:
+        if not self._flows or sigmas is None:
+            return super()._custom_points(timesteps, sigmas)
+        points = np.asarray(sigmas, dtype=np.float64)
+        if points.ndim != 1 or not (np.all(points > 0) and np.all(points <= 1) and np.all(np.diff(points) < 0)):
+            raise ValueError(f"`sigmas` must strictly decrease and lie between 0 and 1, got {sigmas}.")
+        return super()._custom_points(self._shifted(points * self.process.timestep_max).tolist(), None)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise`, as image-to-image pipelines of flow-matching models call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    # --- the rows --------------------------------------------------------------------------------------------------
 
     def _check_config(self):
         super()._check_config()

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..processes import LinearDiffusion, VariancePreserving
-from .time_grids import TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
+from .time_grids import NOISE_LEVEL_GRIDS, TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
 
 #: (what, how many steps ago): ("sample", 0), ("sample", 1), ("prediction", 0), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
@@ -30,6 +30,9 @@ Weight = Any
 Row = dict[Column, Weight]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+#: configuration keys of diffusers' schedulers whose models follow no noise schedule of variances β
+OTHER_DIFFUSIONS = ("sigma_max", "sigma_data", "snr", "beta_max", "scaler", "shift", "trained_betas")
 
 #: diffusers' flags for grids in noise level, and our names of them
 SIGMA_GRIDS = {
@@ -68,6 +71,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     process_class: type[LinearDiffusion] = VariancePreserving
     #: values of the configuration key `method`
     methods: tuple[str, ...] = ()
+    #: values of the configuration key `prediction_type`
+    prediction_types: tuple[str, ...] = PREDICTION_TYPES
 
     def __init__(self):
         self._process: Any = None
@@ -84,6 +89,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
+        if "beta_schedule" in cls.process_class.CONFIG_KEYS:
+            _check_diffusion(config_dict)
         # Each of our classes has methods of its own: those of another one stay behind.
         of_others = {method for scheduler in TableScheduler.__subclasses__() for method in scheduler.methods}
         if config_dict.get("method") in of_others.difference(cls.methods):
@@ -128,17 +135,21 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def process(self) -> Any:
         """The [`LinearDiffusion`] that the configuration describes, as it is now (pipelines may rewrite it)."""
-        values = [self.config.get(key) for key in self.process_class.CONFIG_KEYS]
-        key = tuple(tuple(value) if isinstance(value, (list, np.ndarray)) else value for value in values)
+        values = [self.config.get(key) for key in self._process_class.CONFIG_KEYS]
+        key = self._process_class, *(tuple(v) if isinstance(v, (list, np.ndarray)) else v for v in values)
         if self._process is None or key != self._process_key:
-            self._process, self._process_key = self.process_class.from_config(self.config), key
+            self._process, self._process_key = self._process_class.from_config(self.config), key
         return self._process
+
+    @property
+    def _process_class(self) -> type[LinearDiffusion]:
+        return self.process_class
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ):
         """
@@ -150,7 +161,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 needs a timestep of its own).
             device (`str` or `torch.device`, *optional*):
                 Device of `timesteps`.
-            timesteps (`Sequence[int]`, *optional*):
+            timesteps (`Sequence[float]`, *optional*):
                 Custom strictly decreasing timesteps, instead of `num_inference_steps`.
             sigmas (`Sequence[float]`, *optional*):
                 Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
@@ -187,9 +198,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             alphas, noise_stds = np.append(alphas, 1.0), np.append(noise_stds, 0.0)
         self.init_noise_sigma = 1.0
         if first_step_is_free:
-            # GENIE's analytical first step: x̄₁ = x̄₀ + (γ₁ − γ₀)·x_T, with ε(x_T) := x_T and x̄₀ = √(1 + γ₀²)·x_T.
+            # GENIE's analytical first step: x̄₁ = x̄₀ + (γ₁ − γ₀)·x_T, with ε(x_T) := x_T and x̄₀ = x_T/α₀.
             gamma_0, gamma_1 = noise_stds[:2] / alphas[:2]
-            self.init_noise_sigma = float(alphas[1] * (np.sqrt(1 + gamma_0**2) + gamma_1 - gamma_0))
+            self.init_noise_sigma = float(alphas[1] * (1 / alphas[0] + gamma_1 - gamma_0))
             points, alphas, noise_stds = points[1:], alphas[1:], noise_stds[1:]
         self.alphas, self.noise_stds = alphas, noise_stds
         with np.errstate(divide="ignore"):
@@ -205,7 +216,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_config(self):
         """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
-        for key, choices in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", TIMESTEP_SPACINGS)):
+        for key, choices in (("prediction_type", self.prediction_types), ("timestep_spacing", TIMESTEP_SPACINGS)):
             if self.config.get(key, choices[0]) not in choices:
                 raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {self.config[key]!r}.")
 
@@ -239,11 +250,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             # diffusers' own grids spend the last call at the smallest timestep
             ends_before = self._end_is_noisy or (self.config.time_grid and not self.config.get("denoising_step", True))
             points = time_grid(process, name, visited + int(bool(ends_before)))[:visited]
+        if name not in NOISE_LEVEL_GRIDS:
+            points = self._shifted(points)
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
         return np.append(points, process.timestep_min) if self._end_is_noisy else points
 
-    def _custom_points(self, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None) -> np.ndarray:
+    def _shifted(self, timesteps: np.ndarray) -> np.ndarray:
+        """Where the process calls the model for `timesteps` that are spaced without regard to it."""
+        return timesteps
+
+    def _custom_points(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> np.ndarray:
         process = self.process
         name = "timesteps" if timesteps is not None else "sigmas"
         given = timesteps if timesteps is not None else sigmas
@@ -324,7 +341,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return row
 
     def _conversion(self, index: int, to_data: bool) -> Row:
-        """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0."""
+        """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0; for flows v = ε − x_0."""
         alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
         weights = {
             ("epsilon", True): (1 / alpha, -sigma / alpha),
@@ -333,6 +350,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             ("sample", False): (1 / sigma, -alpha / sigma),
             ("v_prediction", True): (alpha, -sigma),
             ("v_prediction", False): (sigma, alpha),
+            ("flow_prediction", True): (1.0, -sigma),
+            ("flow_prediction", False): (1.0, alpha),
         }
         of_sample, of_output = weights[self.config.prediction_type, to_data]
         return {("sample", 0): of_sample, ("output", 0): of_output}
@@ -494,7 +513,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             history_slope = (noise - self._previous_noise) / float(self.lambdas[index] - self.lambdas[index - 1])
         slope = self._slope_source(
             sample,
-            noise.to(sample.dtype),
+            noise,
             self._host_timesteps[index],
             step=float(self.lambdas[index + 1] - self.lambdas[index]),
             history_slope=history_slope,
@@ -631,6 +650,25 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _check_diffusion(config: Mapping):
+    """Raise a `ValueError` if a model of variances β is not what the configuration describes."""
+    has_betas = any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "trained_betas"))
+    found = [key for key in OTHER_DIFFUSIONS if key in config]
+    if not has_betas and found:
+        raise ValueError(
+            "`config` must describe a variance-preserving model with a noise schedule of betas, which is not here ("
+            + ", ".join(f"`{key}={config[key]!r}`" for key in found)
+            + "): EDM, variance-exploding and consistency models need their own schedulers, and flow-matching models "
+            "`GenieScheduler`."
+        )
+    if config.get("snr_shift_scale") not in (None, 1, 1.0) or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "`config` must describe a model whose noise levels are those of its betas and that is called with integer "
+            f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
+            f"`timestep_type={config.get('timestep_type')!r}`."
+        )
 
 
 def _product(first: Weight, second: Weight) -> Weight:

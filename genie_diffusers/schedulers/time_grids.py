@@ -8,7 +8,8 @@ from ..processes import VariancePreserving
 #: diffusers' own spacings of integer timesteps (Lin et al., 2023, Table 2)
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 #: grids that reach both ends of the process
-TIME_GRIDS = ("linear", "quadratic", "uniform_lambda", "karras", "beta")
+NOISE_LEVEL_GRIDS = ("uniform_lambda", "karras", "beta")
+TIME_GRIDS = ("linear", "quadratic", *NOISE_LEVEL_GRIDS)
 
 
 def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.ndarray:

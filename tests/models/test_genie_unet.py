@@ -113,6 +113,15 @@ def test_its_slope_is_the_head_at_the_last_call(unet, genie_unet, noise):
     assert slope.norm() > 0.01 * prediction.norm()
 
 
+def test_its_exact_slope_is_that_of_the_plain_unet(unet, genie_unet, noise):
+    x, slopes = noise(2, 2, 8, 8), []
+    for model in (unet(), genie_unet()):
+        source = ExactSlope(model)
+        source.bind(VariancePreserving.from_config({}), "epsilon")
+        slopes.append(source(x, denoise(model, x), TIMESTEP))
+    torch.testing.assert_close(*slopes)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_under_guidance_every_branch_sees_the_guided_prediction_and_has_its_weight(
     unet, genie_unet, noise, prediction_type

@@ -109,6 +109,14 @@ def test_the_history_counts_by_its_direction_alone_and_none_is_zero(unet, head_f
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_pictures_may_have_odd_sides(unet, head_for, noise):
+    """Latents of 520 pixels have 65."""
+    sample, prediction, features = (noise(1, channels, 9, 7) for channels in (2, 2, 8))
+    slope = head_for(unet())(sample, prediction, features, noise(1, 32, seed=3), 0.8, 0.6, 0.5, None)
+    assert slope.shape == (1, 2, 9, 7) and torch.isfinite(slope).all()
+
+
 def test_the_last_step_is_infinite_and_its_landing_is_not(unet, head_for, inputs):
     head = head_for(unet())
     landing = head(*inputs, 0.8, 0.6, math.inf, None)

@@ -1,35 +1,14 @@
-"""Tiny pipelines with random weights, built on the spot: nothing is downloaded."""
-
-import json
-import string
+"""Tiny pixel-space models with random weights, and heads for these and for text-to-image models."""
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DModel
 
-from genie_diffusers import DerivativeHead, GenieUNet2DModel
-
-
-def like_trained(unet):
-    """
-    Give random weights two properties of trained ones: the output changes slowly with the timestep (the fast half of
-    the sinusoids is cut off), and visibly with the sample.
-    """
-    weight = unet.time_embedding.linear_1.weight.data
-    weight.unflatten(1, (2, 2, -1))[:, :, 0] = 0  # cosines and sines, each from fast to slow
-    unet.conv_out.weight.data *= 3
-    return unet.eval()
+from genie_diffusers import DerivativeHead, GenieUNet2DConditionModel, GenieUNet2DModel
 
 
 @pytest.fixture
-def make_unet():
+def make_unet(like_trained):
     """Pixel-space UNets: `make_unet(num_class_embeds=4)`."""
 
     def make(**config):
@@ -67,78 +46,14 @@ def make_genie_unet(make_unet):
     return make
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = list(string.ascii_lowercase)
-    tokens = letters + [f"{letter}</w>" for letter in letters] + ["ca", "cat</w>"]
-    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
-
-
 @pytest.fixture
-def make_stable_diffusion(tokenizer):
-    """Text-to-image, image-to-image or inpainting: `make_stable_diffusion(StableDiffusionImg2ImgPipeline)`."""
+def with_head():
+    """The UNet of a text-to-image pipeline with a head whose last layer is random instead of zero."""
 
-    def make(pipeline_class=StableDiffusionPipeline, unet_channels=4, scheduler=None):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=unet_channels,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(8, 16),
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=16,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        if scheduler is None:  # as in the published checkpoints
-            scheduler = DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            )
-        pipe = pipeline_class(
-            vae=vae.eval(),
-            text_encoder=text_encoder.eval(),
-            tokenizer=tokenizer,
-            unet=like_trained(unet),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def add(pipe, head_class=DerivativeHead):
+        torch.manual_seed(1)
+        head = head_class.for_unet(pipe.unet, pipe.scheduler.config)
+        torch.nn.init.normal_(head.conv_out.weight, std=0.05)
+        return GenieUNet2DConditionModel.from_unet(pipe.unet, head).eval()
 
-    return make
+    return add

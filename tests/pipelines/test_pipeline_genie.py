@@ -108,6 +108,27 @@ def test_a_class_conditional_model_without_classes_draws_the_null_class(class_pi
     assert not torch.allclose(unconditional, class_pipe(class_labels=[0, 0], **options).images)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_pictures_on_further_channels_reach_the_unet(make_unet, guidance_scale):
+    pipe = quiet(GeniePipeline(make_unet(in_channels=5, num_class_embeds=4), GenieScheduler()))
+    picture = torch.rand(2, 2, 8, 8, generator=seeded(7))
+    options = {"class_labels": [1, 0], "guidance_scale": guidance_scale, "latents": noise(2), "image": picture}
+    images = pipe(**options, num_inference_steps=4, output_type="latent").images
+
+    def predict(x, t):
+        x = torch.cat([x, picture], dim=1)
+        null = pipe.unet(x, t, class_labels=torch.tensor([NULL, NULL])).sample
+        towards = pipe.unet(x, t, class_labels=torch.tensor([1, 0])).sample
+        return null + guidance_scale * (towards - null)
+
+    torch.testing.assert_close(images, reference(GenieScheduler(), 4, noise(2), predict), rtol=1e-3, atol=2e-3)
+    for wrong in (None, picture[:, :1], picture[..., :4]):
+        with pytest.raises(ValueError, match=r"`image` must have shape \(2, 2, 8, 8\) for this UNet"):
+            pipe(**{**options, "image": wrong})
+    with pytest.raises(ValueError, match="`image` must be left out for a UNet without channels for it"):
+        quiet(GeniePipeline(make_unet(), GenieScheduler()))(image=picture)
+
+
 def test_guidance_follows_its_formula(class_pipe):
     options = {"class_labels": [1, 0], "latents": noise(2), "num_inference_steps": 4, "output_type": "latent"}
     guided = class_pipe(guidance_scale=3.0, **options).images
@@ -166,14 +187,20 @@ def test_head_is_attached_when_the_pipeline_is_built_and_follows_the_guided_path
     assert (images - without).norm() > 0.05 * without.norm()
 
 
-def test_a_scheduler_assigned_later_samples_without_the_head_until_it_is_attached(head_pipe):
+def test_the_head_follows_whatever_scheduler_or_unet_is_assigned_later(make_unet, head_pipe):
     options = {"latents": noise(2), "num_inference_steps": 4, "output_type": "latent"}
-    with_head = head_pipe(**options).images
+    unet, with_head = head_pipe.unet, head_pipe(**options).images
     head_pipe.scheduler = GenieScheduler.from_config(head_pipe.scheduler.config)
+    torch.testing.assert_close(head_pipe(**options).images, with_head)
+    head_pipe.scheduler.attach(None)
     without = head_pipe(**options).images
     assert not torch.allclose(with_head, without, rtol=1e-2)
-    head_pipe.scheduler.attach(head_pipe.unet)
+    head_pipe.unet = unet
     torch.testing.assert_close(head_pipe(**options).images, with_head)
+    pipe = quiet(GeniePipeline(make_unet(num_class_embeds=4), GenieScheduler()))
+    torch.testing.assert_close(pipe(**options).images, without)
+    pipe.unet = GenieUNet2DModel.from_unet(pipe.unet, unet.derivative_head)
+    torch.testing.assert_close(pipe(**options).images, with_head)
 
 
 def test_a_head_for_another_noise_schedule_is_refused(make_genie_unet):

@@ -15,14 +15,29 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
 )
 from safetensors.torch import load_file
 
 import genie_diffusers
-from genie_diffusers import ExactSlope, GeniePipeline, GenieScheduler, QuasiTaylorScheduler
+from genie_diffusers import (
+    ExactSlope,
+    GeniePipeline,
+    GenieScheduler,
+    GenieStableDiffusionPipeline,
+    GenieStableDiffusionXLPipeline,
+    QuasiTaylorScheduler,
+)
+from genie_diffusers.models import genie_unet
+from genie_diffusers.models.guidance import branch_weights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
@@ -147,7 +162,7 @@ def test_pixel_pipelines_converge_to_the_solution_of_the_ode_by_quasi_taylor(mak
 
 
 @pytest.fixture
-def stable_diffusion(make_stable_diffusion):
+def stable_diffusion(make_stable_diffusion, with_head):
     """A pipeline with our scheduler from its scheduler's configuration, with a source or without."""
 
     def make(
@@ -157,6 +172,9 @@ def stable_diffusion(make_stable_diffusion):
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **{**SMOOTH, **config})
         if source == "exact":
             pipe.scheduler.attach(ExactSlope(pipe.unet))
+        elif source == "head":
+            pipe.unet = with_head(pipe)
+            pipe.scheduler.attach(pipe.unet)
         return pipe
 
     return make
@@ -191,6 +209,19 @@ TASKS = {
     ),
 }
 every_task = pytest.mark.parametrize("task", TASKS)
+#: what else is guided or conditioned
+FURTHER_TASKS = {
+    "controlnet": (StableDiffusionControlNetPipeline, 4, {"image": picture(1)}),
+    "perturbed attention": (StableDiffusionPAGPipeline, 4, {"pag_scale": 2.0}),
+    "upscale": (
+        StableDiffusionUpscalePipeline,
+        7,
+        {"image": picture(1)[..., ::2, ::2], "noise_level": 20},
+    ),
+    "xl": (StableDiffusionXLPipeline, 4, {"guidance_rescale": 0.7}),
+    "xl-img2img-0.5": (StableDiffusionXLImg2ImgPipeline, 4, {"image": picture(1), "strength": 0.5}),
+    "xl, perturbed attention": (StableDiffusionXLPAGPipeline, 4, {"pag_scale": 2.0}),
+}
 
 
 def draw(pipe, task: str, num_inference_steps: int, **options) -> np.ndarray:
@@ -200,7 +231,7 @@ def draw(pipe, task: str, num_inference_steps: int, **options) -> np.ndarray:
         "generator": seeded(),
         "num_inference_steps": num_inference_steps,
         "output_type": "latent",
-        **TASKS[task][2],
+        **(TASKS | FURTHER_TASKS)[task][2],
         **options,
     }
     images = pipe(**arguments).images
@@ -211,10 +242,10 @@ def latent_distance(latents: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
 
 
-@every_task
-@pytest.mark.parametrize("source", [None, "exact"])
+@pytest.mark.parametrize("task", TASKS | FURTHER_TASKS)
+@pytest.mark.parametrize("source", [None, "exact", "head"])
 def test_stable_diffusion_pipelines_run_all_their_steps(stable_diffusion, task, source):
-    pipeline_class, unet_channels, options = TASKS[task]
+    pipeline_class, unet_channels, options = (TASKS | FURTHER_TASKS)[task]
     pipe = stable_diffusion(pipeline_class, source, unet_channels)
     calls = Calls(pipe.unet)
     images = draw(pipe, task, 4, output_type="np")
@@ -330,7 +361,33 @@ def test_exact_slope_is_that_of_the_guided_prediction(stable_diffusion, predicti
         assert (slope - difference).norm() < 1e-3 * difference.norm()
 
 
-@pytest.mark.parametrize("source", [None, "exact"])
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("text-to-image", {}, [-4, 5]),
+        ("perturbed attention", {}, [-4, 7, -2]),
+        ("xl", {"guidance_rescale": 0.0}, [-4, 5]),
+        ("xl, perturbed attention", {"guidance_scale": 0.0}, [3, -2]),
+        ("controlnet", {}, [-4, 5]),
+        ("upscale", {}, [-4, 5]),
+    ],
+)
+def test_heads_weigh_the_branches_as_the_pipeline_has_guided(stable_diffusion, monkeypatch, task, options, expected):
+    pipeline_class, unet_channels, _ = FURTHER_TASKS.get(task, TASKS["text-to-image"])
+    pipe, found = stable_diffusion(pipeline_class, "head", unet_channels), []
+
+    def recorded(*args):
+        found.append(branch_weights(*args))
+        return found[-1]
+
+    monkeypatch.setattr(genie_unet, "branch_weights", recorded)
+    draw(pipe, task, 3, **options)
+    assert len(found) == 3
+    for weights in found:
+        torch.testing.assert_close(weights.flatten(), torch.tensor(expected).float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("source", [None, "exact", "head"])
 def test_rescaled_guidance_is_still_a_combination_of_the_branches(stable_diffusion, source):
     pipe = stable_diffusion(source=source)
     images = draw(pipe, "text-to-image", 3, guidance_rescale=0.7)
@@ -390,13 +447,13 @@ import json, sys
 import torch
 import genie_diffusers
 from diffusers import DiffusionPipeline
-from genie_diffusers import ExactSlope, GeniePipeline
+from genie_diffusers import ExactSlope
 from safetensors.torch import save_file
 
 folder, out = sys.argv[1:]
 images, facts = {}, {}
 for name, options in json.load(open(folder + "/pipelines.json")).items():
-    loader = GeniePipeline if name.startswith("genie") else DiffusionPipeline
+    loader = getattr(genie_diffusers, options.pop("loader"), DiffusionPipeline)
     pipe = loader.from_pretrained(f"{folder}/{name}")
     pipe.set_progress_bar_config(disable=True)
     facts[name] = [type(pipe).__name__, type(pipe.scheduler).__name__, type(pipe.unet).__name__]
@@ -411,7 +468,7 @@ print(json.dumps(facts))
 """
 
 
-def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, stable_diffusion, tmp_path):
+def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, stable_diffusion, with_head, tmp_path):
     ddpm = DDPMPipeline(make_unet(), GenieScheduler(**SMOOTH))
     ddpm_with_head = DDPMPipeline(make_genie_unet(SMOOTH), GenieScheduler(**SMOOTH))
     genie = GeniePipeline(make_genie_unet(SMOOTH), GenieScheduler(**SMOOTH))
@@ -426,6 +483,14 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
             {"prompt": "a cat", "guidance_scale": 5.0, "output_type": "latent", "sources": ["as loaded", "exact"]},
         ),
     }
+    for name, pipeline_class in (
+        ("genie-stable-diffusion", GenieStableDiffusionPipeline),
+        ("genie-stable-diffusion-xl", GenieStableDiffusionXLPipeline),
+    ):
+        pipe = stable_diffusion(pipeline_class)
+        pipe.unet = with_head(pipe)
+        options = {"prompt": "a cat", "guidance_scale": 5.0, "output_type": "latent", "sources": ["as loaded", "head"]}
+        pipelines[name] = (pipe, options)
     expected = {}
     for name, (pipe, options) in pipelines.items():
         pipe.set_progress_bar_config(disable=True)
@@ -438,7 +503,8 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
         pipe.save_pretrained(tmp_path / name)  # with the source attached
         saved = (tmp_path / name / "scheduler" / "scheduler_config.json").read_text()
         assert "slope" not in saved and "head" not in saved
-    (tmp_path / "pipelines.json").write_text(json.dumps({name: options for name, (_, options) in pipelines.items()}))
+    named = {name: {**options, "loader": type(pipe).__name__} for name, (pipe, options) in pipelines.items()}
+    (tmp_path / "pipelines.json").write_text(json.dumps(named))
 
     package = Path(genie_diffusers.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
@@ -456,6 +522,8 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
         "ddpm-head": ["DDPMPipeline", "GenieScheduler", "GenieUNet2DModel"],
         "genie": ["GeniePipeline", "GenieScheduler", "GenieUNet2DModel"],
         "stable-diffusion": ["StableDiffusionPipeline", "GenieScheduler", "UNet2DConditionModel"],
+        "genie-stable-diffusion": ["GenieStableDiffusionPipeline", "GenieScheduler", "GenieUNet2DConditionModel"],
+        "genie-stable-diffusion-xl": ["GenieStableDiffusionXLPipeline", "GenieScheduler", "GenieUNet2DConditionModel"],
     }
     images = load_file(tmp_path / "images.safetensors")
     assert images.keys() == expected.keys()
@@ -464,5 +532,8 @@ def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, sta
             images[name], expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
     # A stock pipeline starts without its head, ours with it.
+    for name in ("genie-stable-diffusion", "genie-stable-diffusion-xl"):
+        torch.testing.assert_close(images[f"{name}, as loaded"], images[f"{name}, head"])
+    assert not torch.allclose(images["genie-stable-diffusion, head"], images["stable-diffusion, as loaded"], atol=1e-2)
     assert not torch.allclose(images["ddpm-head, as loaded"], images["ddpm-head, head"], atol=1e-2)
     torch.testing.assert_close(images["genie, as loaded"], images["ddpm-head, head"], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,181 @@
+"""
+What distilling a step head takes of an accelerator's memory, for Stable Diffusion 1.5 and SDXL, without having one.
+
+    python benchmarks/memory.py
+
+writes `benchmarks/results/memory.json`. Every training step is run with tensors that have shapes and no contents (the
+meta device), while the bytes of all living tensors are counted; attention is counted as a fused kernel. What is not
+counted is the same for all: the accelerator's context, workspaces of kernels and fragmentation, here taken as 2 GiB.
+All that lives is proportional to the number of pixels, so that 1024 pixels take four times what is counted at 512.
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from genie_diffusers import GenieScheduler, StepHead
+
+ROOT = Path(__file__).parent
+sys.path.append(str(ROOT.parent / "training"))
+from conditions import Conditioned, rematerialised, with_head  # noqa: E402
+from train_step_head import Noises, predict  # noqa: E402
+
+#: the published architectures
+MODELS = {
+    "Stable Diffusion 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "SDXL": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+CAPTIONS, TOKENS = 1000, 77
+GIB = 2**30
+#: GiB, of which this many are not counted
+CARDS, NOT_COUNTED = (16, 24, 80), 2
+
+
+class FusedAttention(torch.autograd.Function):
+    """The shapes that a fused kernel keeps: its inputs and its output."""
+
+    @staticmethod
+    def forward(context, query, key, value):
+        output = torch.empty_like(query)
+        context.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(context, gradient):
+        return tuple(torch.empty_like(tensor) for tensor in context.saved_tensors[:3])
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are there in addition to those of a model, and their largest number."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.device.type == "meta":
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def build(config: dict, checkpointing: bool) -> tuple[Conditioned, StepHead]:
+    """The denoiser in half precision with a head in single precision, and captions."""
+    with torch.device("meta"):
+        plain = UNet2DConditionModel(**config)
+        head = StepHead(
+            in_channels=4,
+            feature_channels=plain.conv_norm_out.num_channels,
+            time_embedding_dim=plain.time_embedding.linear_2.out_features,
+            width=160,
+        )
+        rows = {"encoder_hidden_states": torch.empty(CAPTIONS + 1, TOKENS, config["cross_attention_dim"])}
+        if "addition_embed_type" in config:
+            rows |= {"text_embeds": torch.empty(CAPTIONS + 1, 1280), "time_ids": torch.empty(CAPTIONS + 1, 6)}
+    head.matches = lambda unet: True  # nothing has contents
+    unet = with_head(plain, head).requires_grad_(False).eval()
+    head.requires_grad_(True)
+    if checkpointing:
+        rematerialised(unet)
+    unet.to(torch.float16)
+    head.float()
+    return Conditioned(unet, rows, 64), head
+
+
+def training_step(denoiser: Conditioned, head: StepHead, steps: int) -> int:
+    """The bytes that are alive at most while a training step of one guided path runs, beyond weights and captions."""
+    table = {
+        "timesteps": torch.linspace(999, 50, steps).long().tolist(),
+        "weights": [[1.0, -0.1, 0.1, 0.1, 0.1][: min(i, 3) + 2] for i in range(steps)],
+        "residuals": [0.1] * steps,
+    }
+    head.register_to_config(tables={str(steps): table})
+    scheduler = GenieScheduler()
+    scheduler.attach(denoiser)
+    scheduler.set_timesteps(steps)
+    side = denoiser.config.sample_size
+    with LivingBytes(denoiser) as living:
+        noise = torch.empty(1, 4, side, side, device="meta")
+        labels = torch.empty(1, dtype=torch.long, device="meta")
+        noises = Noises(noise, labels, torch.empty(1, device="meta"))
+        sample = noise
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(predict(denoiser, sample, timestep, noises), timestep, sample).prev_sample
+        sample.square().mean().backward()
+    for parameter in head.parameters():
+        parameter.grad = None
+    return living.peak
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, **_: FusedAttention.apply(
+        query, key, value
+    )
+    results = []
+    for name, config in MODELS.items():
+        for checkpointing in (True, False):
+            denoiser, head = build(config, checkpointing)
+            fixed = {
+                "denoiser": 2 * (denoiser.unet.num_parameters() - head.num_parameters()),
+                # weights, gradients, two moments and the average, four bytes each
+                "head and optimizer": 20 * head.num_parameters(),
+                "captions": sum(values.nbytes for values in denoiser.buffers()),
+            }
+            for steps in args.steps:
+                path = training_step(denoiser, head, steps) / GIB
+                for resolution in (512, 1024):
+                    path_here = path * (resolution / 512) ** 2
+                    free = {card: card - NOT_COUNTED - sum(fixed.values()) / GIB for card in CARDS}
+                    result = {
+                        "model": name,
+                        "gradient_checkpointing": checkpointing,
+                        "model_calls": steps,
+                        "resolution": resolution,
+                        "GiB": {part: round(size / GIB, 2) for part, size in fixed.items()},
+                        "GiB_per_guided_path": round(path_here, 2),
+                        "train_batch_size": {f"{card} GiB": max(0, int(free[card] / path_here)) for card in CARDS},
+                    }
+                    results.append(result)
+                    print(json.dumps(result), flush=True)
+    report = {"command": "python benchmarks/memory.py", "torch": torch.__version__, "results": results}
+    (ROOT / "results" / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Memory of distilling step heads, computed.")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[4, 8], help="Model calls of the runs trained through."
+    )
+    main(parser.parse_args())
