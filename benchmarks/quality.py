@@ -24,6 +24,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from genie_diffusers import GenieScheduler, GenieUNet2DModel
@@ -141,14 +142,26 @@ def write_tables(results: dict[str, Any], steps: list[int], path: Path):
 
 
 def plot(results: dict[str, Any], path: Path):
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(cell["label"] for cell in results["cells"].values()))
     for axes, (name, title) in zip(panels, DISTANCES.items(), strict=True):
-        for label in dict.fromkeys(cell["label"] for cell in results["cells"].values()):
+        for i, label in enumerate(labels):
             row = [cell for cell in results["cells"].values() if cell["label"] == label]
+            style = {"marker": "s" if row[0]["own"] else ".", "linestyle": "-" if row[0]["own"] else "--"}
             points = sorted((cell["calls"], cell[name]["value"], cell[name]["standard_error"]) for cell in row)
             calls, values, errors = zip(*points, strict=True)
-            axes.errorbar(calls, values, errors, marker="o", capsize=2, linewidth=1, label=label)
+            axes.errorbar(
+                calls,
+                values,
+                errors,
+                capsize=2,
+                linewidth=1,
+                markersize=5,
+                color=colormaps["tab20"](i % 20),
+                label=label,
+                **style,
+            )
         axes.axhline(results["converged"][name]["value"], color="gray", linestyle="--", label="converged solution")
         if name in results["real"]:
             axes.axhline(results["real"][name]["value"], color="gray", linestyle=":", label="real pictures")
@@ -156,7 +169,8 @@ def plot(results: dict[str, Any], path: Path):
         axes.set(xscale="log", yscale="log", xlabel="model calls", ylabel=title)
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-    panels[0].legend(fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
