@@ -262,7 +262,10 @@ def plot(results: dict, path: Path):
     styles = {
         name: {"color": f"C{i}", "linewidth": 0.9, "linestyle": "--", "marker": "."} for i, name in enumerate(peers)
     }
-    styles |= {name: {"color": colormaps["Dark2"](i), "linewidth": 1.8, "marker": "s"} for i, name in enumerate(ours)}
+    styles |= {
+        name: {"color": colormaps["turbo"](i / len(ours)), "linewidth": 1.8, "marker": "s"}
+        for i, name in enumerate(ours)
+    }
     for name, style in styles.items():
         row = results[name]
         axes.loglog([int(n) for n in row], [cell["error"] for cell in row.values()], label=name, markersize=5, **style)

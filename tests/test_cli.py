@@ -189,7 +189,11 @@ def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
         (["sample", "{models}/ddpm", "--device", "abacus"], 2, "--device: 'abacus' cannot be used"),
         (["sample", "{models}/ddpm", "--steps", "1001"], 1, "must be between 1 and 1000"),
         (["sample", "{models}/ddpm", "--grid", "hexagonal"], 1, "GenieScheduler has no time grid 'hexagonal'"),
-        (["sample", "{models}/ddpm", "--derivative-head", "{models}/ddpm/unet"], 1, "is a UNet2DModel, neither a DerivativeHead nor"),
+        (
+            ["sample", "{models}/ddpm", "--derivative-head", "{models}/ddpm/unet"],
+            1,
+            "is a UNet2DModel, neither a DerivativeHead nor",
+        ),
         (["sample", "{models}/unconditional", "--derivative-head", "{models}/head"], 1, "needs a UNet with"),
         (["sample", "{models}/nothing"], 1, "neither a folder with a model_index.json nor a pipeline"),
         (["info", "{models}/ddpm/unet"], 1, "neither a folder with a model_index.json nor a pipeline"),

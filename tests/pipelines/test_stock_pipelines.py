@@ -279,7 +279,7 @@ def test_stable_diffusion_pipelines_agree_with_the_solvers_of_diffusers_at_many_
     pipe.scheduler = DDIMScheduler.from_config(config)
     ddim = draw(pipe, task, 50)
     assert latent_distance(genie, dpm) < 0.006
-    assert latent_distance(genie, ddim) < 0.04
+    assert latent_distance(genie, ddim) < 0.06
 
 
 def test_stable_diffusion_agrees_with_ddim_by_quasi_taylor(stable_diffusion):
