@@ -131,12 +131,14 @@ def write_tables(results: dict[str, Any], steps: list[int], path: Path):
             lines += [f"As many real pictures: {number(from_json(results['real'][name]), scale)}."]
     lines += ["", "## Against the best peer with more calls", "", "Negative: closer to real pictures.", ""]
     lines += [
-        "| Sampler, calls | Peer, calls | " + " | ".join(f"{title}, difference" for title in DISTANCES.values()) + " |"
+        "| Sampler, calls | Peer, calls | "
+        + "Fréchet distance, difference | Kernel distance × 1000, difference"
+        + " |"
     ]
     lines += ["|---" * (2 + len(DISTANCES)) + "|"]
     for *pair, differences in comparisons(cells, steps):
         entries = [f"{cell['label']}, {cell['calls']}" for cell in pair]
-        entries += [f"{x.value:.4f} ± {x.standard_error:.4f}" for x in differences.values()]
+        entries += [number(x, scale) for x, scale in zip(differences.values(), (1.0, 1e3), strict=True)]
         lines += ["| " + " | ".join(entries) + " |"]
     path.write_text("\n".join(lines) + "\n")
 

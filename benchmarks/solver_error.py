@@ -11,7 +11,6 @@ measured.
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -302,7 +301,8 @@ def main(argv: list[str] | None = None):
     unets = {"plain": plain, "step head": plain, "exact": plain}
     unets["derivative head"] = GenieUNet2DModel.from_unet(plain, HEAD)
     settings = {"noises": args.noises, "choice_noises": args.choice_noises, "seed": args.seed}
-    command = shlex.join(["python", "benchmarks/solver_error.py", *(sys.argv[1:] if argv is None else argv)])
+    # Rows that stay are of the same settings: the whole is what one run of all solvers gives.
+    command = "python benchmarks/solver_error.py"
     settings |= {"exact_slope_cost": args.exact_slope_cost, "grids": list(GRIDS)}
     path = args.output_dir / "solver_error.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}

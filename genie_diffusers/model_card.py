@@ -1,4 +1,4 @@
-"""Model cards of base models, derivative heads and classifiers, from facts that the training scripts know."""
+"""Model cards of base models, heads, samplers and classifiers, from facts that the training scripts know."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """Tables as functions of what is learned of them, and differentiable runs of them (DDSS, Watson et al., 2022)."""
 
+import inspect
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -280,4 +282,7 @@ def mean_products(unet, learned: LearnedTable, noises: Noises, fresh, prediction
 
 def learned_scheduler(scheduler_config: dict, tables: dict[str, dict]) -> GGDMScheduler:
     """The sampler with these tables, without clipping, which they were learned without."""
-    return GGDMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False, tables=tables)
+    # what the configuration says of other solvers would only be warned of wherever the result is loaded
+    known = set(inspect.signature(GGDMScheduler.__init__).parameters)
+    config = {key: value for key, value in scheduler_config.items() if key in known}
+    return GGDMScheduler.from_config(config, clip_sample=False, thresholding=False, tables=tables)

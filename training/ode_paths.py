@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from genie_diffusers import GenieScheduler, GenieUNet2DModel
-from genie_diffusers.models.exact_slope import to_noise_prediction
+from genie_diffusers.models.exact_slope import to_noise_prediction, velocity_of
 
 #: predictions a row weighs, this one and earlier ones
 HISTORY = 4
@@ -116,7 +116,8 @@ class Trajectories:
             for index, timestep in enumerate(scheduler.timesteps):
                 output = predict(unet, sample, timestep, batch)
                 noise, sigma = noise_of(output, sample, scheduler, index), float(scheduler.noise_stds[index])
-                kept.append(torch.stack([sample, sigma**2 * sample - sigma * noise], dim=1))  # x and dx/dλ, Eq. (1)
+                velocity = velocity_of(sample, noise, sigma, scheduler.config.prediction_type)
+                kept.append(torch.stack([sample, velocity], dim=1))  # x and dx/dλ
                 sample = scheduler.step(output, timestep, sample).prev_sample
             kept.append(torch.stack([sample, torch.zeros_like(sample)], dim=1))
             return torch.stack(kept, dim=1)

@@ -250,6 +250,8 @@ class Sampler:
         self.slope_source = None
         if args.derivative_head is not None:
             self.slope_source = unet.slope_source
+            if self.slope_source.tables is not None:
+                raise ValueError(f"`--derivative_head` must be a `DerivativeHead`, got {args.derivative_head}.")
             self.slope_source.bind(scheduler.process, self.prediction_type)
 
     def __call__(self, learned: LearnedTable, noises: Noises, fresh: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..models.genie_unet import HeadSlope
 from ..schedulers.scheduling_utils import TableScheduler
 
 
@@ -20,8 +21,12 @@ class AttachesHead:
         super().__setattr__(name, value)
         if name in ("unet", "scheduler"):
             unet, scheduler = vars(self).get("unet"), vars(self).get("scheduler")
-            if getattr(unet, "derivative_head", None) is not None and isinstance(scheduler, TableScheduler):
+            if not isinstance(scheduler, TableScheduler):
+                return
+            if getattr(unet, "derivative_head", None) is not None:
                 scheduler.attach(unet)
+            elif isinstance(scheduler._slope_source, HeadSlope):  # that of the UNet before
+                scheduler.attach(None)
 
 
 class GeniePipeline(AttachesHead, DiffusionPipeline):

@@ -186,20 +186,17 @@ class GenieScheduler(TableScheduler):
                 down, before they are shifted, as pipelines of flow-matching models pass them.
             mu (`float`, *optional*):
                 What pipelines derive the shift from if the scheduler's `use_dynamic_shifting` is set: e^μ, or μ
-                itself with `time_shift_type="linear"`.
+                itself with `time_shift_type="linear"`. Without that key it means nothing, as in diffusers.
 
         Raises:
-            ValueError: If not exactly one of the three is given, or if it is out of range; if `mu` is missing or
-                means nothing.
+            ValueError: If not exactly one of the three is given, or if it is out of range; if `mu` is missing where
+                it is needed.
         """
         dynamic = self._flows and self.config.get("use_dynamic_shifting", False)
-        if dynamic != (mu is not None):
-            raise ValueError(
-                f"`mu` must be given if `use_dynamic_shifting` is set, and only then, got `mu={mu}` and "
-                f"`use_dynamic_shifting={self.config.get('use_dynamic_shifting')}`."
-            )
+        if dynamic and mu is None:
+            raise ValueError("`mu` must be given if `use_dynamic_shifting` is set, got `mu=None`.")
         self._shift = self.config.flow_shift
-        if mu is not None:
+        if dynamic and mu is not None:
             self._shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
 

@@ -102,10 +102,10 @@ class GGDMScheduler(TableScheduler):
                 If `scheduler` is of another kind, does not end at clean data (`final_sigmas_type="sigma_min"`) or
                 scales the initial noise (`analytical_first_step=True`).
         """
-        if not isinstance(scheduler, TableScheduler) or scheduler.process_class is not cls.process_class:
+        if not isinstance(scheduler, TableScheduler) or scheduler._process_class is not cls.process_class:
             raise ValueError(
                 "`scheduler` must be a scheduler of this package for variance-preserving models, got "
-                f"{type(scheduler).__name__}."
+                f"{type(scheduler).__name__} with `prediction_type={scheduler.config.get('prediction_type')!r}`."
             )
         origin, tables = copy.copy(scheduler), {}
         for steps in np.atleast_1d(num_inference_steps).tolist():
@@ -118,7 +118,7 @@ class GGDMScheduler(TableScheduler):
                 )
             rows = [origin.corrected_row(index) for index in range(steps)]
             tables[str(steps)] = as_table(origin._host_timesteps, rows, origin.data_form)
-        return cls.from_config(scheduler.config, tables=tables)
+        return cls._from_tables(scheduler.config, tables)
 
     @classmethod
     def from_ddim(
@@ -141,6 +141,11 @@ class GGDMScheduler(TableScheduler):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must be between 0 and 1, got {eta}.")
+        if scheduler.config.get("prediction_type", "epsilon") not in cls.prediction_types:
+            raise ValueError(
+                f"`scheduler` must have a `prediction_type` of {', '.join(cls.prediction_types)}, got "
+                f"{scheduler.config['prediction_type']!r}."
+            )
         tables, process = {}, cls.process_class.from_config(scheduler.config)
         for steps in np.atleast_1d(num_inference_steps).tolist():
             visited = copy.copy(scheduler)
@@ -149,7 +154,14 @@ class GGDMScheduler(TableScheduler):
             alphas, sigmas = np.append(process.alpha(timesteps), 1.0), np.append(process.sigma(timesteps), 0.0)
             levels = zip(alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], strict=True)
             tables[str(steps)] = as_table(timesteps, [ddim_row(*level, eta) for level in levels], data_form=True)
-        return cls.from_config(scheduler.config, tables=tables)
+        return cls._from_tables(scheduler.config, tables)
+
+    @classmethod
+    def _from_tables(cls, config, tables: dict[str, dict[str, Any]]) -> "GGDMScheduler":
+        learned = cls.from_config(config, tables=tables)
+        for steps, table in tables.items():
+            learned._check_table(int(steps), table)
+        return learned
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None):
         if timesteps is not None or sigmas is not None:

@@ -401,7 +401,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             source:
-                A model with a derivative head ([`GenieUNet2DModel`]), an [`ExactSlope`], any callable
+                A model with a head (such as [`GenieUNet2DModel`]), an [`ExactSlope`], any callable
                 `source(sample, noise_prediction, timestep, *, step, history_slope) -> slope`, or `None` to detach.
                 `timestep` is a float, `step` the step in λ that is about to be taken (infinite for the last one to
                 clean data), `history_slope` the slope through this and the previous prediction, `None` at the
@@ -413,8 +413,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         source = getattr(source, "slope_source", source)
         if isinstance(source, ModelMixin):
             raise ValueError(
-                f"`source` must know slopes, which a plain `{type(source).__name__}` does not: add a derivative head "
-                "with `GenieUNet2DModel.from_unet`, or attach `ExactSlope(unet)`."
+                f"`source` must know slopes, which a plain `{type(source).__name__}` does not: add a head with "
+                "`GenieUNet2DModel.from_unet` or `GenieUNet2DConditionModel.from_unet`, or attach `ExactSlope(unet)`."
             )
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
