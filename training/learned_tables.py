@@ -234,11 +234,14 @@ def sample_by(
     dtype = noises.noise.dtype
     levels = torch.log(alphas / sigmas).detach().tolist()
     samples, predictions, slopes = [noises.noise], [], []
+    # the steps whose slope some row weighs, then or later
+    sloped = {index - lag for index, columns in enumerate(learned.columns) for what, lag in columns if what == "slope"}
+    if sloped and slope_source is None:
+        raise ValueError("This table weighs slopes, and there is no `slope_source`.")
 
     def call(sample, timestep, alpha, sigma, index):
         output = predict(unet, sample, timestep, noises).to(dtype)
-        sloped = slope_source is not None and ("slope", 0) in learned.columns[index]
-        if not sloped:
+        if index not in sloped:
             return output, None
         epsilon = to_noise_prediction(output, sample, alpha, sigma, prediction_type)
         step = levels[index + 1] - levels[index] if index + 1 < len(levels) else float("inf")

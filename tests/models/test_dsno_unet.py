@@ -252,7 +252,7 @@ def test_it_loads_what_it_has_saved_in_a_fresh_process(unet, noise, tmp_path):
         "import sys, torch, genie_diffusers\n"
         "from genie_diffusers import DSNOUNet2DModel\n"
         "model = DSNOUNet2DModel.from_pretrained(sys.argv[1] + '/operator').eval()\n"
-        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "expected = torch.load(sys.argv[1] + '/expected.pt', weights_only=True)\n"
         "with torch.no_grad():\n"
         "    found = model(expected['x'], torch.tensor([0, 2])).trajectory\n"
         "torch.testing.assert_close(found, expected['trajectory'], rtol=1e-3, atol=1e-4)\n"

@@ -110,6 +110,28 @@ def test_the_chain_is_what_the_scheduler_samples(name, prediction_type):
     torch.testing.assert_close(found, sample, rtol=1e-4, atol=1e-4)  # timesteps of the model are single precision
 
 
+def test_slopes_of_earlier_steps_are_asked_for():
+    def source(sample, noise_prediction, timestep, *, step, history_slope):
+        return 0.1 * sample - 0.2 * noise_prediction
+
+    origin = GenieScheduler(time_grid="uniform_lambda")
+    origin.attach(source)
+    scheduler = GGDMScheduler.from_scheduler(origin, 3)
+    table = scheduler.config.tables["3"]
+    assert not table["slope"][0] and table["slope"][1][1], "the second step weighs the slope of the first"
+    learned, unet, start = LearnedTable(table, PROCESS, ["history", "slope"]), Denoiser("epsilon"), noises()
+    scheduler.attach(source)
+    scheduler.set_timesteps(3)
+    sample = start.noise
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(unet(sample, timestep).sample, timestep, sample).prev_sample
+    with torch.no_grad():
+        found = sample_by(unet, learned, start, fresh_noise(3), "epsilon", source)
+        torch.testing.assert_close(found, sample, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="weighs slopes"):
+            sample_by(unet, learned, start, fresh_noise(3), "epsilon")
+
+
 def test_gradients_are_those_of_finite_differences():
     learned = moved(LearnedTable(ORIGINS["DDPM"].config.tables["3"], PROCESS, EVERYTHING), 3e-3)
 
