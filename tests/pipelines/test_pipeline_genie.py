@@ -203,6 +203,15 @@ def test_the_head_follows_whatever_scheduler_or_unet_is_assigned_later(make_unet
     torch.testing.assert_close(pipe(**options).images, with_head)
 
 
+def test_the_head_leaves_with_its_unet(make_unet, make_genie_unet):
+    pipe = quiet(GeniePipeline(make_genie_unet(), GenieScheduler()))
+    pipe.unet = make_unet()
+    images = pipe(latents=noise(2), num_inference_steps=4, output_type="latent").images
+    plain = quiet(GeniePipeline(pipe.unet, GenieScheduler()))
+    expected = plain(latents=noise(2), num_inference_steps=4, output_type="latent").images
+    torch.testing.assert_close(images, expected, rtol=0, atol=0)
+
+
 def test_a_head_for_another_noise_schedule_is_refused(make_genie_unet):
     unet = make_genie_unet({"beta_end": 0.02})
     with pytest.raises(ValueError, match="another noise schedule"):
