@@ -7,7 +7,8 @@ import numpy as np
 
 from .linear_diffusion import LinearDiffusion
 
-# α of the noisiest timestep, which is pure noise: as for zero terminal SNR, λ stays finite.
+# α of the noisiest timestep, which is pure noise: as for zero terminal SNR, λ stays finite. σ is one less that much
+# there, since α + σ = 1 is what turns velocities into predictions.
 NOISIEST_ALPHA = 2.0**-12
 
 
@@ -16,7 +17,8 @@ class RectifiedFlow(LinearDiffusion):
     x_t = (1 − σ_t) x_0 + σ_t z with σ_t = t/N, on which models predict the velocity v = z − x_0.
 
     It is a linear diffusion like any other, x_t = α_t x_0 + σ_t z with α = 1 − σ, so the solvers of dx̄/dγ = ε in
-    x̄ = x/α and γ = σ/α hold as they are. The last timestep N is pure noise; α is 2⁻¹² there.
+    x̄ = x/α and γ = σ/α hold as they are. The last timestep N is pure noise; α is 2⁻¹² there, and σ
+    is 1 − 2⁻¹².
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): N. The network is called with real timesteps t between 1 and N.
@@ -29,10 +31,13 @@ class RectifiedFlow(LinearDiffusion):
 
     def alpha(self, timesteps) -> np.ndarray:
         """α_t = 1 − σ_t."""
-        return np.maximum(1.0 - self.sigma(timesteps), NOISIEST_ALPHA)
+        return 1.0 - self.sigma(timesteps)
 
     def sigma(self, timesteps) -> np.ndarray:
         """σ_t = t/N."""
+        return np.minimum(self._share(timesteps), 1.0 - NOISIEST_ALPHA)
+
+    def _share(self, timesteps) -> np.ndarray:
         return np.asarray(timesteps, dtype=np.float64) / self._time_scale
 
     def log_snr_derivative(self, timesteps) -> np.ndarray:
@@ -45,7 +50,7 @@ class RectifiedFlow(LinearDiffusion):
 
     def shifted(self, timesteps, shift: float) -> np.ndarray:
         """Timesteps moved towards noise: σ → s σ/(1 + (s − 1) σ), that is λ → λ − log s (Esser et al., Eq. 23)."""
-        sigma = self.sigma(timesteps)
+        sigma = self._share(timesteps)
         return self._time_scale * shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
     def drift(self, timesteps) -> np.ndarray:
