@@ -1,6 +1,7 @@
 """Tables as functions of what is learned of them, and differentiable runs of them (DDSS, Watson et al., 2022)."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -103,19 +104,21 @@ class LearnedTable(torch.nn.Module):
     def _unwhitened(self, index: int) -> torch.Tensor:
         return getattr(self, f"unwhitened_{index}")
 
-    def whiten(self, grams: list[torch.Tensor]):
+    def whiten(self, grams: list[torch.Tensor], units: Sequence[float] | None = None):
         """
         Choose the coordinates of the rows, before anything is learned.
 
         Args:
             grams (`list[torch.Tensor]`): Mean products of the columns of each row, see [`mean_products`].
+            units (`Sequence[float]`, *optional*): By how much one unit is to move the next state, instead of by one.
         """
         for index, gram in enumerate(grams):
             values, vectors = torch.linalg.eigh(gram)
             values = values.clamp(min=0)
             # 1/√value, but what the columns hardly span is left alone instead of being blown up
             scales = values.sqrt() / (values + FLOOR * gram.diagonal().mean())
-            self._unwhitened(index).copy_((vectors * scales) @ vectors.T)
+            unit = 1.0 if units is None else units[index]
+            self._unwhitened(index).copy_(unit * (vectors * scales) @ vectors.T)
 
     @torch.no_grad()
     def as_table(self) -> dict:

@@ -149,6 +149,8 @@ class GenieScheduler(TableScheduler):
                 raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
             own = {"prediction_type": "flow_prediction", "flow_shift": config_dict["shift"]}
             config_dict = {"beta_schedule": "linear", **own, **config_dict}
+        if "encoding" not in cls._get_init_keys(cls):  # the rows of an inverse stay behind
+            config_dict = {key: value for key, value in config_dict.items() if key != "encoding"}
         return super().extract_init_dict(config_dict, **kwargs)
 
     # --- flow matching ---------------------------------------------------------------------------------------------
@@ -266,16 +268,19 @@ class GenieScheduler(TableScheduler):
         if known == 1 or self.config.method == "taylor" or self._follows_table:
             return {}
         start = index - 1
-        if self._has_slopes:
-            conditions = [(what, point) for what in ("prediction", "slope") for point in (start, index)]
-        else:
-            earlier = [] if known == 2 or self._is_long(start) else [("prediction", index - 2)]
-            conditions = [("prediction", index), ("prediction", start), *earlier]
+        conditions = self._known_around(start, known)
         correction = {(what, index - point): weight for (what, point), weight in self._integral(start, conditions)}
         for (what, lag), weight in self.table[start].items():  # what the predictor has already added
             if what != "sample":
                 correction[what, lag + 1] = correction.get((what, lag + 1), 0.0) - weight
         return correction
+
+    def _known_around(self, start: int, known: int) -> list[tuple[str, int]]:
+        """What the corrector of the step from point `start` interpolates."""
+        if self._has_slopes:
+            return [(what, point) for what in ("prediction", "slope") for point in (start, start + 1)]
+        earlier = [] if known == 2 or self._is_long(start) else [("prediction", start - 1)]
+        return [("prediction", start + 1), ("prediction", start), *earlier]
 
     def _is_long(self, index: int) -> bool:
         return self.lambdas[index + 1] - self.lambdas[index] >= LONG_STEP
@@ -306,10 +311,10 @@ class GenieScheduler(TableScheduler):
         gamma, gamma_next = self.noise_stds[index : index + 2] / self.alphas[index : index + 2]
         step = gamma_next - gamma
         columns, nodes, derivatives = [("prediction", 0)], [0.0], [0]
-        if gamma_next > 0:  # the step to clean data is x_0 itself
+        if gamma > 0 and gamma_next > 0:  # the step to clean data is x_0 itself
             if self._has_slopes:
                 columns, nodes, derivatives = [*columns, ("slope", 0)], [0.0, 0.0], [0, 1]
-            elif known > 1:
+            elif known > 1 and self.noise_stds[index - 1] > 0:
                 previous = self.noise_stds[index - 1] / self.alphas[index - 1] - gamma
                 columns, nodes, derivatives = [*columns, ("prediction", 1)], [0.0, previous], [0, 0]
         weights = interpolation_weights(nodes, derivatives, polynomial_moments(step, len(nodes)))

@@ -202,11 +202,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             gamma_0, gamma_1 = noise_stds[:2] / alphas[:2]
             self.init_noise_sigma = float(alphas[1] * (1 / alphas[0] + gamma_1 - gamma_0))
             points, alphas, noise_stds = points[1:], alphas[1:], noise_stds[1:]
-        self.alphas, self.noise_stds = alphas, noise_stds
+        points, self.alphas, self.noise_stds = self._route(points[: len(alphas) - 1], alphas, noise_stds)
         with np.errstate(divide="ignore"):
-            self.lambdas = np.log(alphas) - np.log(noise_stds)
-        self.sigmas = torch.from_numpy(noise_stds / alphas)
-        points = points[: len(alphas) - 1]
+            self.lambdas = np.log(self.alphas) - np.log(self.noise_stds)
+        self.sigmas = torch.from_numpy(self.noise_stds / self.alphas)
         self._host_timesteps = points.tolist()
         dtype = torch.int64 if process.is_discrete and not np.any(points % 1) else torch.float32
         self.timesteps = torch.tensor(self._host_timesteps, dtype=dtype, device=device)
@@ -252,13 +251,21 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             points = time_grid(process, name, visited + int(bool(ends_before)))[:visited]
         if name not in NOISE_LEVEL_GRIDS:
             points = self._shifted(points)
+        points = np.append(points, process.timestep_min) if self._end_is_noisy else points
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
-        return np.append(points, process.timestep_min) if self._end_is_noisy else points
+        # A noisy end after all timesteps there are is no step.
+        return np.maximum(points, process.timestep_min)
 
     def _shifted(self, timesteps: np.ndarray) -> np.ndarray:
         """Where the process calls the model for `timesteps` that are spaced without regard to it."""
         return timesteps
+
+    def _route(
+        self, timesteps: np.ndarray, alphas: np.ndarray, noise_stds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The timesteps of the model calls, and α and σ at the visited points and the end, in the order of the run."""
+        return timesteps, alphas, noise_stds
 
     def _custom_points(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> np.ndarray:
         process = self.process
@@ -340,9 +347,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             row[column] = row.get(column, 0.0) + _product(of_sample, weight)
         return row
 
+    def _levels(self, index: int) -> tuple[float, float]:
+        """α and σ that the model is told in step `index`."""
+        return float(self.alphas[index]), float(self.noise_stds[index])
+
     def _conversion(self, index: int, to_data: bool) -> Row:
         """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0; for flows v = ε − x_0."""
-        alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
+        alpha, sigma = self._levels(index)
         weights = {
             ("epsilon", True): (1 / alpha, -sigma / alpha),
             ("epsilon", False): (0.0, 1.0),
@@ -357,7 +368,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return {("sample", 0): of_sample, ("output", 0): of_output}
 
     def _data_to_noise(self, index: int) -> Row:
-        alpha, sigma = float(self.alphas[index]), float(self.noise_stds[index])
+        alpha, sigma = self._levels(index)
         return {("sample", 0): 1 / sigma, ("data", 0): -alpha / sigma}
 
     def _apply(self, name: str, index: int, tensors: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -509,7 +520,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
         history_slope = None
-        if self._previous_noise is not None:
+        if self._previous_noise is not None and np.isfinite(self.lambdas[index - 1]):
             history_slope = (noise - self._previous_noise) / float(self.lambdas[index] - self.lambdas[index - 1])
         slope = self._slope_source(
             sample,

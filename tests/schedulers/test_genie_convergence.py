@@ -9,7 +9,7 @@ import torch
 from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from scipy.integrate import solve_ivp
 
-from genie_diffusers import GenieScheduler
+from genie_diffusers import GenieInverseScheduler, GenieScheduler
 
 # Continuous time, so that no rounding of timesteps comes in; a noisy end, since the last step to clean data is a DDIM
 # step of a length that does not shrink.
@@ -28,6 +28,13 @@ class FirstOrderScheduler(GenieScheduler):
 
 class Predictor(GenieScheduler):
     """GENIE without its corrector."""
+
+    def correction(self, index, known):
+        return {}
+
+
+class InversePredictor(GenieInverseScheduler):
+    """The same from data to noise."""
 
     def correction(self, index, known):
         return {}
@@ -68,6 +75,8 @@ def error(run, exact):
 
     def error(scheduler, process=None):
         start, end = exact(process or scheduler.process)
+        if isinstance(scheduler, GenieInverseScheduler):
+            start, end = end, start
         return float((run(scheduler, start).double() - end).norm() / end.norm())
 
     return error
@@ -135,6 +144,29 @@ def test_the_corrector_adds_an_order_up_to_its_own(errors, slope_source, grid, o
     else:  # the corrector's own error is small beside that of the predictor, which is of a higher order after it
         assert np.all(orders(corrected) > expected)
     assert np.all(corrected < 0.75 * errors(Predictor, source, time_grid=grid, interpolation_order=order))
+
+
+@every_grid
+@pytest.mark.parametrize("with_source", [True, False], ids=["slopes", "values"])
+def test_taylor_converges_with_order_two_from_data_to_noise(errors, slope_source, grid, with_source):
+    found = errors(GenieInverseScheduler, slope_source if with_source else None, method="taylor", time_grid=grid)
+    np.testing.assert_allclose(orders(found), 2.0, atol=0.25)
+
+
+@pytest.mark.parametrize("order, with_source", [(1, False), (2, False), (3, False), (2, True), (3, True), (4, True)])
+def test_the_predictor_has_the_order_of_its_conditions_from_data_to_noise(errors, slope_source, order, with_source):
+    source = slope_source if with_source else None
+    found = errors(InversePredictor, source, time_grid="uniform_lambda", interpolation_order=order)
+    np.testing.assert_allclose(orders(found), order, atol=0.45)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("with_source", [True, False], ids=["slopes", "values"])
+def test_the_corrector_helps_from_data_to_noise(errors, slope_source, order, with_source):
+    config = {"time_grid": "uniform_lambda", "interpolation_order": order}
+    source = slope_source if with_source else None
+    corrected, predicted = (errors(cls, source, **config)[1:] for cls in (GenieInverseScheduler, InversePredictor))
+    assert np.all(corrected < 0.75 * predicted)
 
 
 def test_a_slope_of_the_wrong_size_costs_the_order(errors, slope_source):
