@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     VQModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 
 from genie_diffusers import (
     DerivativeHead,
@@ -109,13 +110,10 @@ def test_the_analytical_first_step_is_in_the_initial_noise_and_costs_no_call(mak
 
 
 def test_a_lora_is_loaded_and_unloaded_with_the_head_in_place(make_pipe, tmp_path):
-    peft = pytest.importorskip("peft")
     donor = make_pipe()
     torch.manual_seed(0)
-    donor.unet.add_adapter(
-        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
-    )
-    layers = peft.get_peft_model_state_dict(donor.unet)
+    donor.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(donor.unet)
     assert layers and not any("derivative_head" in name for name in layers)
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
     pipe = make_pipe()
