@@ -100,9 +100,9 @@ class Conditioned(torch.nn.Module):
     Args:
         unet ([`GenieUNet2DModel`] or [`GenieUNet2DConditionModel`]): The denoiser, in whatever precision.
         rows (`dict[str, torch.Tensor]`):
-            What the denoiser is given for each class. They stay on the host. `"encoder_hidden_states"` and whatever
-            SDXL adds to it have one row more than there are captions, the last, of the empty prompt; `"channels"`,
-            which follow those of the sample, and `"noise_level"` do not.
+            What the denoiser is given for each class. They stay on the host, in the file they were read from.
+            `"encoder_hidden_states"` and whatever SDXL adds to it have one row more than there are captions, the last,
+            of the empty prompt; `"channels"`, which follow those of the sample, and `"noise_level"` do not.
         sample_size (`int`): Side of a sample.
     """
 
@@ -153,8 +153,8 @@ def conditioned(unet, args: argparse.Namespace, mixed_precision: str, device: to
     """
     `unet` itself, or [`Conditioned`] on what the arguments name, and what pictures are to it.
 
-    Embeddings and latents are computed once and kept in `--output_dir`. In mixed precision such a denoiser is in half
-    precision, all but its head.
+    Embeddings and latents are computed once and kept in `--output_dir`, in half precision: head and target are given
+    the same. In mixed precision such a denoiser is in half precision too, all but its head.
 
     Args:
         unet ([`GenieUNet2DModel`] or [`GenieUNet2DConditionModel`]): The denoiser.
@@ -218,7 +218,7 @@ class LatentStream(TrainingStream):
 
     def _rows(self, numbers: list[int]) -> tuple[np.ndarray, list[int]]:
         labels = [self.pictures[number] for number in numbers]
-        return self.latents[labels].numpy(), labels
+        return self.latents[labels].float().numpy(), labels
 
 
 def _vae_scale_factor(name_or_path: str) -> int:
@@ -240,17 +240,20 @@ def _captions(args: argparse.Namespace) -> list[str]:
 @torch.no_grad()
 def _of_captions(pipeline, captions: list[str], resolution: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The embeddings of all captions, then those of the empty prompt, by the pipeline's own encoders."""
-    # (text, null) or, of SDXL, (text, null, pooled text, pooled null)
-    encoded = [
-        pipeline.encode_prompt(caption, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
-        for caption in tqdm(captions, desc="Captions")
-    ]
-    rows = {}
-    for name, i in (("encoder_hidden_states", 0), ("text_embeds", 2))[: len(encoded[0]) // 2]:
-        rows[name] = torch.cat([*(values[i] for values in encoded), encoded[0][i + 1]]).cpu()
+    names, kept = ("encoder_hidden_states", "text_embeds"), {}
+    for caption in tqdm(captions, desc="Captions"):
+        # (text, null) or, of SDXL, (text, null, pooled text, pooled null)
+        encoded = pipeline.encode_prompt(
+            caption, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        for name, values in zip(names, encoded[::2], strict=False):
+            kept.setdefault(name, []).append(values.half().cpu())
+    for name, null in zip(names, encoded[1::2], strict=False):
+        kept[name].append(null.half().cpu())
+    rows = {name: torch.cat(values) for name, values in kept.items()}
     if "text_embeds" in rows:  # original size, crop, target size
         sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
-        rows["time_ids"] = sizes.repeat(len(captions) + 1, 1)
+        rows["time_ids"] = sizes.repeat(len(rows["text_embeds"]), 1)
     return rows
 
 
@@ -290,7 +293,7 @@ def _of_pictures(
             low = torch.nn.functional.interpolate(picture, size=(args.low_resolution,) * 2, mode="area")
             row["channels"] = torch.nn.functional.interpolate(low, size=(size, size), mode="bilinear")
         for name, values in row.items():
-            rows.setdefault(name, []).append(values)
+            rows.setdefault(name, []).append(values.half() if values.is_floating_point() else values)
     return {name: torch.cat(values) for name, values in rows.items()}
 
 

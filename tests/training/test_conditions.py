@@ -127,7 +127,7 @@ def test_a_class_is_a_caption_and_the_last_one_the_empty_prompt(make_base, capti
                 time_ids = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])
                 added = {"added_cond_kwargs": {"text_embeds": encoded[2 + i], "time_ids": time_ids}}
             expected.append(pipe.unet(sample[i : i + 1], timestep, encoded[i], **added).sample)
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=2e-3, atol=1e-3)  # embeddings are rounded
     assert not torch.allclose(found[0], denoiser(sample, timestep, torch.tensor([2, 4])).sample[0], rtol=1e-2)
 
 
