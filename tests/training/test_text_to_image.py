@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
 )
@@ -31,7 +32,11 @@ from genie_diffusers import DerivativeHead, ExactSlope, GeniePipeline, GenieSche
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 #: what is painted or enlarged → pipeline and input channels of its UNet
-TASKS = {"inpainting": (StableDiffusionInpaintPipeline, 9), "upscaling": (StableDiffusionUpscalePipeline, 7)}
+TASKS = {
+    "inpainting": (StableDiffusionInpaintPipeline, 9),
+    "inpainting XL": (StableDiffusionXLInpaintPipeline, 9),
+    "upscaling": (StableDiffusionUpscalePipeline, 7),
+}
 every_task = pytest.mark.parametrize("task", TASKS)
 
 pytestmark = pytest.mark.filterwarnings(
@@ -118,7 +123,8 @@ def test_the_denoiser_is_called_as_its_own_pipeline_calls_it(make_base, captione
     seen = []
 
     def see(module, args, kwargs):
-        seen.append((args[0], kwargs["encoder_hidden_states"], kwargs.get("class_labels")))
+        added = kwargs.get("added_cond_kwargs") or {}
+        seen.append((args[0], kwargs["encoder_hidden_states"], kwargs.get("class_labels"), *added.values()))
 
     pipe = pipeline_class.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
@@ -127,9 +133,10 @@ def test_the_denoiser_is_called_as_its_own_pipeline_calls_it(make_base, captione
     number, sample = 1, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with Image.open(captioned_data / "01.png") as file:
         picture = file.convert("RGB").crop((2, 0, 18, 16))
-    if task == "inpainting":
+    if "inpainting" in task:
         mask = conditions.random_mask(16, np.random.default_rng([0, number]))
-        given = {"image": picture, "mask_image": Image.fromarray(np.uint8(255 * mask)), "height": 16, "width": 16}
+        given = {"image": picture, "mask_image": Image.fromarray(np.uint8(255 * mask))}
+        given |= {"height": 16, "width": 16, "strength": 1.0}
     else:
         given = {"image": picture.resize((8, 8), Image.Resampling.BOX), "noise_level": 0}
     pipe("a dog on a mat", latents=sample, num_inference_steps=1, guidance_scale=5.0, output_type="latent", **given)
@@ -137,10 +144,11 @@ def test_the_denoiser_is_called_as_its_own_pipeline_calls_it(make_base, captione
     labels = torch.cat([ode_paths.null_labels(denoiser, label), label])
     with torch.no_grad():
         denoiser(sample.repeat(2, 1, 1, 1), torch.tensor(500), class_labels=labels)
-    (theirs, their_text, their_level), (ours, our_text, our_level) = seen
+    (theirs, their_text, their_level, *their_added), (ours, our_text, our_level, *our_added) = seen
     # Level 0 has noise of a hundredth, and pixels are rounded to bytes.
     torch.testing.assert_close(ours[:, 4:], theirs[:, 4:], rtol=1e-3, atol=0.05 if task == "upscaling" else 1e-3)
     torch.testing.assert_close(our_text, their_text, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(our_added, their_added, rtol=1e-3, atol=1e-3)
     assert (our_level is None and their_level is None) or torch.equal(our_level, their_level)
 
 
@@ -304,13 +312,9 @@ def test_both_heads_are_trained_beside_further_channels_and_sample_in_the_stock_
     pipe.scheduler.attach(pipe.unet)
     picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     given = {"image": picture}
-    if task == "inpainting":
-        given = {
-            "image": picture.repeat(1, 1, 2, 2),
-            "mask_image": torch.ones(1, 1, 16, 16),
-            "height": 16,
-            "width": 16,
-        }
+    if "inpainting" in task:
+        given = {"image": picture.repeat(1, 1, 2, 2), "mask_image": torch.ones(1, 1, 16, 16)}
+        given |= {"height": 16, "width": 16, "strength": 1.0}
     calls = []
     pipe.unet.derivative_head.register_forward_hook(lambda module, args, output: calls.append(output.shape[0]))
     images = pipe("a cat", num_inference_steps=2, guidance_scale=3.0, output_type="np", **given).images
