@@ -270,7 +270,7 @@ def _of_pictures(
     def encode(picture: torch.Tensor) -> torch.Tensor:
         if vae is None:
             return picture
-        # The mean: the variance of the encoder is far below that of the smallest noise level.
+        # The mean, not a draw: every picture is one point of the data.
         return (vae.encode(picture.to(vae.device)).latent_dist.mode() * vae.config.scaling_factor).cpu()
 
     rows: dict[str, list[torch.Tensor]] = {}

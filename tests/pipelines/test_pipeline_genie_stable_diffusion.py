@@ -128,7 +128,7 @@ def test_a_lora_is_loaded_scaled_fused_and_unloaded_with_the_head_in_place(make_
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
     assert (draw(pipe) - without).norm() < 0.8 * (with_lora - without).norm()
     pipe.unload_lora_weights()
-    torch.testing.assert_close(draw(pipe), without)
+    torch.testing.assert_close(draw(pipe), without, rtol=1e-3, atol=1e-4)  # fusing rounds
 
 
 def test_animatediff_builds_a_unet_of_its_own_and_gets_the_fallback(make_pipe):
