@@ -93,6 +93,15 @@ def further_channels(unet) -> str | None:
     )
 
 
+def check_guidance(args: argparse.Namespace, unet) -> None:
+    has_null_class = takes_text(unet) or unet.config.num_class_embeds is not None
+    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and not has_null_class):
+        raise ValueError(
+            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes or captions, got "
+            f"{args.max_guidance_scale}."
+        )
+
+
 class Conditioned(torch.nn.Module):
     """
     A denoiser of captions or further pictures as one of classes, so that scripts need to know of classes alone.

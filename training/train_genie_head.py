@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from conditions import (
     LatentStream,
     add_condition_arguments,
+    check_guidance,
     conditioned,
     decoded,
     further_channels,
@@ -266,7 +267,7 @@ def sample_grid(unet, scheduler_config: dict, args: argparse.Namespace, device: 
     noise = torch.randn((8, config.in_channels, config.sample_size, config.sample_size), generator=generator)
     classes, scales = config.num_class_embeds, None
     if args.max_guidance_scale > 1:
-        scales = torch.full((8,), (1 + args.max_guidance_scale) / 2)
+        scales = torch.full((8,), _shown_scale(args))
     noises = Noises(noise, None if classes is None else torch.arange(8) % max(1, classes - 1), scales)
     samples = []
     for source in (unet, None):
@@ -286,6 +287,10 @@ def sample_grid(unet, scheduler_config: dict, args: argparse.Namespace, device: 
     return make_image_grid(VaeImageProcessor().postprocess(images), 2, 8)
 
 
+def _shown_scale(args: argparse.Namespace) -> float:
+    return (1 + args.max_guidance_scale) / 2
+
+
 def write_card(args: argparse.Namespace, unet, facts: dict) -> None:
     repository = args.hub_model_id or args.output_dir.name
     base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
@@ -300,7 +305,8 @@ def write_card(args: argparse.Namespace, unet, facts: dict) -> None:
         facts=facts,
         command=launch_command(),
         pictures={
-            "samples.png": f"{args.num_inference_steps} model calls: with the head (top), without (bottom).",
+            "samples.png": f"{args.num_inference_steps} model calls at guidance scale {_shown_scale(args):g}: with "
+            "the head (top), without (bottom).",
             "error.png": "Error of the predicted slope on held-out pictures, by noise level.",
             "loss.png": "Training loss and its running mean.",
         },
@@ -311,12 +317,7 @@ def write_card(args: argparse.Namespace, unet, facts: dict) -> None:
 
 
 def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
-    has_null_class = takes_text(unet) or unet.config.num_class_embeds is not None
-    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and not has_null_class):
-        raise ValueError(
-            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes or captions, got "
-            f"{args.max_guidance_scale}."
-        )
+    check_guidance(args, unet)
     if args.target == "secant" and not args.secant_width > 0:
         raise ValueError(f"`--secant_width` must be positive, got {args.secant_width}.")
     size = unet.config.sample_size

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from conditions import (
     CONDITION_ARGUMENTS,
     add_condition_arguments,
+    check_guidance,
     conditioned,
     further_channels,
     load_unet,
@@ -176,12 +177,7 @@ def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
                 f"`--{name}` must {'' if is_needed else 'not '}be given for a `{type(unet).__name__}` of "
                 f"{unet.config.in_channels} input and {unet.config.out_channels} output channels, got {value!r}."
             )
-    has_null_class = text or unet.config.num_class_embeds is not None
-    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and not has_null_class):
-        raise ValueError(
-            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes or captions, got "
-            f"{args.max_guidance_scale}."
-        )
+    check_guidance(args, unet)
     missing = sorted(set(args.head_steps) - set(args.table_steps))
     if missing:
         raise ValueError(f"`--head_steps` must be among `--table_steps`, which lack {missing}.")
