@@ -98,8 +98,7 @@ def model_costs(
         "times": torch.rand(batch_size, dtype=torch.float64),
         "choices": torch.rand(batch_size, 2, dtype=torch.float64),
     } | ({} if labels is None else {"labels": labels})
-    null_class = None if classes is None else classes - 1
-    distillation = SlopeDistillation(model, scheduler.process, "epsilon", null_class=null_class, branch_dropout=0.25)
+    distillation = SlopeDistillation(model, scheduler.process, "epsilon", branch_dropout=0.25)
 
     def train(inputs: dict, slope: torch.Tensor):
         torch.nn.functional.mse_loss(head(**inputs), slope).backward()

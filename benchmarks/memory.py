@@ -1,5 +1,5 @@
 """
-What distilling a step head takes of an accelerator's memory, for Stable Diffusion 1.5 and SDXL, without having one.
+What distilling heads takes of an accelerator's memory, for Stable Diffusion 1.5 and SDXL, without having one.
 
     python benchmarks/memory.py
 
@@ -20,12 +20,13 @@ from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genie_diffusers import GenieScheduler, StepHead
+from genie_diffusers import DerivativeHead, GenieScheduler, StepHead
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
 from conditions import Conditioned, rematerialised, with_head  # noqa: E402
-from train_step_head import Noises, predict  # noqa: E402
+from ode_paths import Noises, predict  # noqa: E402
+from train_genie_head import SlopeDistillation  # noqa: E402
 
 #: the published architectures
 MODELS = {
@@ -43,7 +44,7 @@ MODELS = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-CAPTIONS, TOKENS = 1000, 77
+TOKENS = 77
 GIB = 2**30
 #: GiB, of which this many are not counted
 CARDS, NOT_COUNTED = (16, 24, 80), 2
@@ -91,19 +92,19 @@ class LivingBytes(TorchDispatchMode):
         self.now -= size
 
 
-def build(config: dict, checkpointing: bool) -> tuple[Conditioned, StepHead]:
-    """The denoiser in half precision with a head in single precision, and captions."""
+def build(config: dict, checkpointing: bool, head_class=StepHead) -> tuple[Conditioned, StepHead | DerivativeHead]:
+    """The denoiser in half precision with a head in single precision, and a caption; captions stay on the host."""
     with torch.device("meta"):
         plain = UNet2DConditionModel(**config)
-        head = StepHead(
+        head = head_class(
             in_channels=4,
             feature_channels=plain.conv_norm_out.num_channels,
             time_embedding_dim=plain.time_embedding.linear_2.out_features,
             width=160,
         )
-        rows = {"encoder_hidden_states": torch.empty(CAPTIONS + 1, TOKENS, config["cross_attention_dim"])}
+        rows = {"encoder_hidden_states": torch.empty(2, TOKENS, config["cross_attention_dim"])}
         if "addition_embed_type" in config:
-            rows |= {"text_embeds": torch.empty(CAPTIONS + 1, 1280), "time_ids": torch.empty(CAPTIONS + 1, 6)}
+            rows |= {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
     head.matches = lambda unet: True  # nothing has contents
     unet = with_head(plain, head).requires_grad_(False).eval()
     head.requires_grad_(True)
@@ -114,7 +115,7 @@ def build(config: dict, checkpointing: bool) -> tuple[Conditioned, StepHead]:
     return Conditioned(unet, rows, 64), head
 
 
-def training_step(denoiser: Conditioned, head: StepHead, steps: int) -> int:
+def step_head_step(denoiser: Conditioned, head: StepHead, steps: int) -> int:
     """The bytes that are alive at most while a training step of one guided path runs, beyond weights and captions."""
     table = {
         "timesteps": torch.linspace(999, 50, steps).long().tolist(),
@@ -139,6 +140,49 @@ def training_step(denoiser: Conditioned, head: StepHead, steps: int) -> int:
     return living.peak
 
 
+def derivative_step(denoiser: Conditioned, head: DerivativeHead) -> int:
+    """The same for a training step of a derivative head, with secants as targets, on a point of a guided path."""
+    side = denoiser.config.sample_size
+    distillation = SlopeDistillation(denoiser, GenieScheduler().process, "epsilon", 0.3, max_guidance_scale=8.0)
+    with LivingBytes(denoiser) as living:
+        batch = {
+            "images": torch.empty(1, 4, side, side, device="meta"),
+            "noise": torch.empty(1, 4, side, side, device="meta"),
+            "labels": torch.empty(1, dtype=torch.long, device="meta"),
+            "times": torch.full((1,), 0.5, dtype=torch.float64),
+            "choices": torch.full((1, 2), 0.9, dtype=torch.float64),
+        }
+        inputs, slope = distillation(batch, torch.device("meta"))
+        torch.nn.functional.mse_loss(head(**inputs), slope).backward()
+    for parameter in head.parameters():
+        parameter.grad = None
+    return living.peak
+
+
+def of_each_resolution(name: str, denoiser: Conditioned, head, run: dict, sample_bytes: int) -> list[dict]:
+    """What a path or point takes, and how many fit, from what it takes at 512 pixels."""
+    fixed = {
+        "denoiser": 2 * (denoiser.unet.num_parameters() - head.num_parameters()),
+        # weights, gradients, two moments and the average, four bytes each
+        "head and optimizer": 20 * head.num_parameters(),
+    }
+    results = []
+    for resolution in (512, 1024):
+        here = sample_bytes / GIB * (resolution / 512) ** 2
+        free = {card: card - NOT_COUNTED - sum(fixed.values()) / GIB for card in CARDS}
+        result = {
+            "model": name,
+            **run,
+            "resolution": resolution,
+            "GiB": {part: round(size / GIB, 2) for part, size in fixed.items()},
+            "GiB_per_guided_sample": round(here, 2),
+            "train_batch_size": {f"{card} GiB": max(0, int(free[card] / here)) for card in CARDS},
+        }
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    return results
+
+
 def main(args: argparse.Namespace) -> None:
     torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, **_: FusedAttention.apply(
         query, key, value
@@ -147,28 +191,12 @@ def main(args: argparse.Namespace) -> None:
     for name, config in MODELS.items():
         for checkpointing in (True, False):
             denoiser, head = build(config, checkpointing)
-            fixed = {
-                "denoiser": 2 * (denoiser.unet.num_parameters() - head.num_parameters()),
-                # weights, gradients, two moments and the average, four bytes each
-                "head and optimizer": 20 * head.num_parameters(),
-                "captions": sum(values.nbytes for values in denoiser.buffers()),
-            }
             for steps in args.steps:
-                path = training_step(denoiser, head, steps) / GIB
-                for resolution in (512, 1024):
-                    path_here = path * (resolution / 512) ** 2
-                    free = {card: card - NOT_COUNTED - sum(fixed.values()) / GIB for card in CARDS}
-                    result = {
-                        "model": name,
-                        "gradient_checkpointing": checkpointing,
-                        "model_calls": steps,
-                        "resolution": resolution,
-                        "GiB": {part: round(size / GIB, 2) for part, size in fixed.items()},
-                        "GiB_per_guided_path": round(path_here, 2),
-                        "train_batch_size": {f"{card} GiB": max(0, int(free[card] / path_here)) for card in CARDS},
-                    }
-                    results.append(result)
-                    print(json.dumps(result), flush=True)
+                run = {"head": "step head", "gradient_checkpointing": checkpointing, "model_calls": steps}
+                results += of_each_resolution(name, denoiser, head, run, step_head_step(denoiser, head, steps))
+        denoiser, head = build(config, False, DerivativeHead)
+        run = {"head": "derivative head"}
+        results += of_each_resolution(name, denoiser, head, run, derivative_step(denoiser, head))
     report = {"command": "python benchmarks/memory.py", "torch": torch.__version__, "results": results}
     (ROOT / "results" / "memory.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 
 from genie_diffusers import ImageClassifier
+from training_utils import from_pixels
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 
@@ -84,8 +84,7 @@ def features_of_data(
     """Features of the pictures of [`load_pictures`], on the host."""
     features = []
     for batch in pictures.iter(batch_size):
-        pixels = np.frombuffer(b"".join(batch["pixels"]), dtype=np.uint8).reshape(-1, size, size, channels)
-        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+        images = torch.from_numpy(from_pixels(batch["pixels"], (channels, size, size)))
         features.append(network(images.to(device)).float().cpu())
     return torch.cat(features)
 

@@ -47,15 +47,23 @@ def draw(unet: UNet2DModel, count: int, seed: int, label_dropout: float, max_gui
         if max_guidance_scale > 1:
             scales = 1.0 + (max_guidance_scale - 1.0) * torch.rand(count, generator=generator)
         else:
-            labels[torch.rand(count, generator=generator) < label_dropout] = classes - 1
+            dropped = torch.rand(count, generator=generator) < label_dropout
+            labels = torch.where(dropped, null_labels(unet, labels), labels)
     return Noises(noise, labels, scales)
+
+
+def null_labels(unet: UNet2DModel, labels: torch.Tensor) -> torch.Tensor:
+    """Those of the branch without a class: the last class, or what a denoiser of captions or pictures says."""
+    if hasattr(unet, "null_labels"):
+        return unet.null_labels(labels)
+    return torch.full_like(labels, unet.config.num_class_embeds - 1)
 
 
 def predict(unet: GenieUNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, noises: Noises) -> torch.Tensor:
     """The model's output, guided where the paths are."""
     if noises.scales is None:
         return unet(sample, timestep, class_labels=noises.labels).sample[:, : sample.shape[1]]
-    labels = torch.cat([torch.full_like(noises.labels, unet.config.num_class_embeds - 1), noises.labels])
+    labels = torch.cat([null_labels(unet, noises.labels), noises.labels])
     output = unet(torch.cat([sample, sample]), timestep, class_labels=labels).sample[:, : sample.shape[1]]
     null, conditional = output.chunk(2)
     return null + noises.scales[:, None, None, None] * (conditional - null)

@@ -8,7 +8,6 @@ goes on from its last checkpoint with the loss curve it would have had.
 import argparse
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
@@ -26,6 +25,7 @@ from training_utils import (
     adamw,
     add_data_arguments,
     add_training_arguments,
+    from_pixels,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -78,8 +78,7 @@ def picture_features(model: ImageClassifier, pictures: datasets.Dataset, batch_s
     size, channels = model.config.sample_size, model.config.in_channels
     features = []
     for batch in pictures.iter(batch_size):
-        pixels = np.frombuffer(b"".join(batch["pixels"]), dtype=np.uint8).reshape(-1, size, size, channels)
-        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+        images = torch.from_numpy(from_pixels(batch["pixels"], (channels, size, size)))
         features.append(model.features(images.to(model.device)).cpu())
     return torch.cat(features)
 

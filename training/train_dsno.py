@@ -33,6 +33,7 @@ from ode_paths import Noises, in_batches, predict, relative_error
 from training_utils import (
     RunLog,
     add_training_arguments,
+    computed_once,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -47,6 +48,20 @@ logger = get_logger(__name__)
 
 #: timesteps among which what the UNet is told is chosen
 CANDIDATES = 40
+#: arguments that what the operator starts from follows from
+OF_START = (
+    "pretrained_model_name_or_path",
+    "scheduler",
+    "scheduler_options",
+    "num_inference_steps",
+    "num_time_points",
+    "time_grid",
+    "guidance_scale",
+    "label_dropout",
+    "trajectories",
+    "fit_trajectories",
+    "seed",
+)
 #: number of the first held-out noise: no training gets there, whatever its seed
 HELD_OUT = 2**40
 
@@ -273,28 +288,28 @@ def start_operator(
     args: argparse.Namespace, teacher: Teacher, stream, columns: list[int] | None, accelerator: Accelerator
 ) -> DSNOUNet2DModel:
     """The operator before its first step; a resumed run reads what was fitted for it."""
-    folder = args.output_dir / "start"
     options = {"num_time_points": args.num_time_points, "time_grid": args.time_grid, "modes": args.modes}
     options["scheduler_config"] = teacher.config
+
+    def write_start(folder: Path) -> None:
+        if columns is None:
+            noises = teacher.draw(list(range(args.fit_trajectories)), args.seed)
+            states = in_batches(teacher.solve, noises, args.solve_batch_size, accelerator.device)
+        else:
+            some = stream.rows(list(range(min(args.fit_trajectories, len(stream)))))
+            states = some["trajectory"][:, columns]
+            guided = teacher.guidance_scale != 1.0
+            scales = torch.full((len(states),), teacher.guidance_scale) if guided else None
+            noises = Noises(some["noise"], some.get("labels"), scales)
+        noises, states = noises.to(accelerator.device), states.to(accelerator.device)
+        timesteps, weights, missed = fit_start(teacher.unet, teacher.process, noises, states, args.solve_batch_size)
+        for t, tau, rms in zip(teacher.solution_timesteps, timesteps, missed, strict=True):
+            logger.info(f"State at t = {t:g} from the output at {tau:g}: root mean square error {rms:.4f}")
+        model = DSNOUNet2DModel.from_unet(teacher.unet, **options, timesteps=timesteps, output_weights=weights)
+        model.save_config(folder)
+
     with accelerator.main_process_first():
-        if not (folder / "config.json").exists():
-            if columns is None:
-                noises = teacher.draw(list(range(args.fit_trajectories)), args.seed)
-                states = in_batches(teacher.solve, noises, args.solve_batch_size, accelerator.device)
-            else:
-                some = stream.rows(list(range(min(args.fit_trajectories, len(stream)))))
-                states = some["trajectory"][:, columns]
-                guided = teacher.guidance_scale != 1.0
-                scales = torch.full((len(states),), teacher.guidance_scale) if guided else None
-                noises = Noises(some["noise"], some.get("labels"), scales)
-            noises, states = noises.to(accelerator.device), states.to(accelerator.device)
-            timesteps, weights, missed = fit_start(
-                teacher.unet, teacher.process, noises, states, args.solve_batch_size
-            )
-            for t, tau, rms in zip(teacher.solution_timesteps, timesteps, missed, strict=True):
-                logger.info(f"State at t = {t:g} from the output at {tau:g}: root mean square error {rms:.4f}")
-            model = DSNOUNet2DModel.from_unet(teacher.unet, **options, timesteps=timesteps, output_weights=weights)
-            model.save_config(folder)
+        folder = computed_once(args, "start", OF_START, write_start)
     start = DSNOUNet2DModel.load_config(folder)
     fitted = {name: start[name] for name in ("timesteps", "output_weights")}
     return DSNOUNet2DModel.from_unet(teacher.unet, **options, **fitted).requires_grad_(True)

@@ -16,16 +16,30 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from genie_diffusers import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel, VariancePreserving
+from conditions import (
+    LatentStream,
+    add_condition_arguments,
+    check_guidance,
+    conditioned,
+    decoded,
+    further_channels,
+    load_unet,
+    sampling_code,
+    takes_text,
+    with_head,
+)
+from genie_diffusers import DerivativeHead, GenieScheduler, GenieUNet2DModel, VariancePreserving
 from genie_diffusers.model_card import create_model_card
 from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.models.exact_slope import forward_mode, slope_of_noise, to_noise_prediction
+from ode_paths import Noises, in_batches, null_labels, solve
 from training_utils import (
     RunLog,
     TrainingStream,
@@ -55,7 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
-        help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` and a scheduler.",
+        help="The denoiser: Hub id or folder of a pipeline with a `UNet2DModel` or `UNet2DConditionModel` and a "
+        "scheduler.",
     )
     parser.add_argument(
         "--target",
@@ -70,13 +85,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_guidance_scale",
         type=float,
         default=1.0,
-        help="Distil along guided paths too, with scales drawn from 1 up to this one. For class-conditional models.",
+        help="Distil along guided paths too, with scales drawn from 1 up to this one. For models with classes or "
+        "captions.",
     )
     parser.add_argument("--validation_samples", type=int, default=512, help="Pictures held out of the data.")
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Model calls of the sample grid.")
     add_data_arguments(parser)
+    add_condition_arguments(parser)
     add_training_arguments(parser)
-    parser.set_defaults(label_dropout=0.25)
+    parser.set_defaults(label_dropout=0.25, max_captions=10_000)
     return parser.parse_args(argv)
 
 
@@ -85,11 +102,10 @@ class SlopeDistillation:
     Draws points on the paths of the probability-flow ODE and labels them with the slope there.
 
     Args:
-        unet ([`GenieUNet2DModel`]): The frozen denoiser.
+        unet ([`GenieUNet2DModel`] or `Conditioned`): The frozen denoiser.
         process ([`VariancePreserving`]): Its diffusion.
         prediction_type (`str`): What it predicts.
         secant_width (`float`, *optional*): Width of the secant in λ; `None` for the derivative at the point.
-        null_class (`int`, *optional*): The class of the unconditional branch.
         max_guidance_scale (`float`): Largest weight of classifier-free guidance.
         branch_dropout (`float`): Share of points labelled for the unconditional branch.
     """
@@ -100,13 +116,12 @@ class SlopeDistillation:
         process: VariancePreserving,
         prediction_type: str,
         secant_width: float | None = None,
-        null_class: int | None = None,
         max_guidance_scale: float = 1.0,
         branch_dropout: float = 0.0,
     ):
         self.unet, self.process, self.prediction_type = unet, process, prediction_type
-        self.secant_width, self.null_class = secant_width, null_class
-        self.max_guidance_scale, self.branch_dropout = max_guidance_scale, branch_dropout
+        self.secant_width, self.max_guidance_scale = secant_width, max_guidance_scale
+        self.branch_dropout = branch_dropout
 
     def timesteps(self, times: torch.Tensor) -> torch.Tensor:
         """Timesteps from `times` uniform on [0, 1): those the denoiser was trained at."""
@@ -146,8 +161,8 @@ class SlopeDistillation:
         inputs = {
             "sample": sample,
             "noise_prediction": noise_prediction,
-            "features": features,
-            "time_embedding": time_embedding,
+            "features": features.to(sample),
+            "time_embedding": time_embedding.to(sample),
             "alpha": alpha,
             "sigma": sigma,
         }
@@ -194,11 +209,11 @@ class SlopeDistillation:
         self, batch: dict[str, torch.Tensor], device: torch.device
     ) -> tuple[torch.Tensor | None, dict | None]:
         """The labels of the branches to differentiate, and what their guided path is made of, if any is guided."""
-        if self.null_class is None:
+        if "labels" not in batch:
             return None, None
         branch, guidance = batch["choices"].T.to(device)
         true_labels = batch["labels"].to(device)
-        null = torch.full_like(true_labels, self.null_class)
+        null = null_labels(self.unet, true_labels)
         labelled = branch >= self.branch_dropout
         labels = torch.where(labelled, true_labels, null)
         if self.max_guidance_scale == 1.0:
@@ -246,27 +261,37 @@ def plot_error(error: np.ndarray, process: VariancePreserving, path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def sample_grid(unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.Namespace) -> Image.Image:
+def sample_grid(unet, scheduler_config: dict, args: argparse.Namespace, device: torch.device) -> Image.Image:
     """Two rows of pictures from the same noise: with the head, and head-free."""
-    classes = unet.config.num_class_embeds
-    condition = (
-        {"class_labels": [i % max(1, classes - 1) for i in range(8)]} if classes is not None else {"batch_size": 8}
-    )
-    images = []
-    for has_head in (True, False):
+    config, generator = unet.config, torch.Generator().manual_seed(args.seed)
+    noise = torch.randn((8, config.in_channels, config.sample_size, config.sample_size), generator=generator)
+    classes, scales = config.num_class_embeds, None
+    if args.max_guidance_scale > 1:
+        scales = torch.full((8,), _shown_scale(args))
+    noises = Noises(noise, None if classes is None else torch.arange(8) % max(1, classes - 1), scales)
+    samples = []
+    for source in (unet, None):
         scheduler = GenieScheduler.from_config(
             scheduler_config, time_grid="linear", analytical_first_step=True, clip_sample=False
         )
-        pipeline = GeniePipeline(unet, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        if not has_head:
-            scheduler.attach(None)
-        generator = torch.Generator().manual_seed(args.seed)
-        images += pipeline(generator=generator, num_inference_steps=args.num_inference_steps, **condition).images
-    return make_image_grid(images, 2, 8)
+        scheduler.attach(source)
+        samples.append(
+            in_batches(
+                lambda batch, scheduler=scheduler: solve(unet, scheduler, args.num_inference_steps, batch),
+                noises,
+                args.train_batch_size,
+                device,
+            )
+        )
+    images = decoded(unet, torch.cat(samples), args.pretrained_model_name_or_path, device)
+    return make_image_grid(VaeImageProcessor().postprocess(images), 2, 8)
 
 
-def write_card(args: argparse.Namespace, facts: dict) -> None:
+def _shown_scale(args: argparse.Namespace) -> float:
+    return (1 + args.max_guidance_scale) / 2
+
+
+def write_card(args: argparse.Namespace, unet, facts: dict) -> None:
     repository = args.hub_model_id or args.output_dir.name
     base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
     card = create_model_card(
@@ -274,19 +299,14 @@ def write_card(args: argparse.Namespace, facts: dict) -> None:
         "A derivative head for GENIE (https://huggingface.co/papers/2210.05475), distilled with genie_diffusers: it "
         f"predicts how the noise prediction of the denoiser of {base} changes along the sampling path, so that "
         "`GenieScheduler` takes second-order steps at one model call each.",
-        usage=(
-            "from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel\n"
-            "from diffusers import DiffusionPipeline\n\n"
-            f'base = DiffusionPipeline.from_pretrained("{base}")\n'
-            f'unet = GenieUNet2DModel.from_unet(base.unet, derivative_head="{repository}")\n'
-            "scheduler = GenieScheduler.from_config(\n"
-            '    base.scheduler.config, time_grid="linear", analytical_first_step=True, clip_sample=False\n)\n'
-            "images = GeniePipeline(unet, scheduler)(num_inference_steps=10).images"
+        usage=sampling_code(
+            args, unet, args.num_inference_steps, time_grid="linear", analytical_first_step=True, clip_sample=False
         ),
         facts=facts,
         command=launch_command(),
         pictures={
-            "samples.png": f"{args.num_inference_steps} model calls: with the head (top), without (bottom).",
+            "samples.png": f"{args.num_inference_steps} model calls at guidance scale {_shown_scale(args):g}: with "
+            "the head (top), without (bottom).",
             "error.png": "Error of the predicted slope on held-out pictures, by noise level.",
             "loss.png": "Training loss and its running mean.",
         },
@@ -296,10 +316,54 @@ def write_card(args: argparse.Namespace, facts: dict) -> None:
     card.save(args.output_dir / "README.md")
 
 
+def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
+    check_guidance(args, unet)
+    if args.target == "secant" and not args.secant_width > 0:
+        raise ValueError(f"`--secant_width` must be positive, got {args.secant_width}.")
+    size = unet.config.sample_size
+    if not takes_text(unet) and args.resolution not in (None, size):
+        raise ValueError(f"`--resolution` must be {size}, the model's `sample_size`, got {args.resolution}.")
+    if args.random_flip and (takes_text(unet) or further_channels(unet)):
+        raise ValueError("`--random_flip` must be left out where pictures have captions or pictures beside them.")
+
+
+def streams(args: argparse.Namespace, unet, latents: torch.Tensor | None) -> tuple[TrainingStream, TrainingStream]:
+    """The training pictures, and those held out of them."""
+    classes, size = unet.config.num_class_embeds, unet.config.sample_size
+    pictures = latents
+    if pictures is None:
+        pictures = load_pictures(
+            args.dataset_name,
+            size,
+            unet.config.in_channels,
+            dataset_config_name=args.dataset_config_name,
+            dataset_split=args.dataset_split,
+            image_column=args.image_column,
+            label_column=None if classes is None else args.label_column,
+            cache_dir=args.cache_dir,
+        )
+        if classes is not None:
+            has_null_class = args.label_dropout > 0 or args.max_guidance_scale > 1
+            check_labels(pictures.unique("label"), classes - has_null_class)
+    total = len(pictures)
+    if not 0 < args.validation_samples < total:
+        raise ValueError(f"`--validation_samples` must be between 1 and {total - 1}, got {args.validation_samples}.")
+    count = total - args.validation_samples
+    if latents is not None:
+        train, held_out = (range(count), args.seed), (range(count, total), args.seed + 1)
+        return LatentStream(latents, *train), LatentStream(latents, *held_out)
+    shape = (unet.config.in_channels, size, size)
+    return (
+        TrainingStream(pictures.select(range(count)), shape, shape, args.seed, args.random_flip),
+        TrainingStream(pictures.select(range(count, total)), shape, shape, args.seed + 1),
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = start_accelerator(args)
     set_seed(args.seed, device_specific=True)
-    unet = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet").eval()
+    unet = load_unet(args.pretrained_model_name_or_path)
+    check(args, unet)
     scheduler_config = GenieScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
     scheduler = GenieScheduler.from_config(scheduler_config)
     if args.derivative_head is None:
@@ -310,49 +374,16 @@ def main(args: argparse.Namespace) -> None:
         head.register_to_config(fingerprint=fingerprint(unet))
     else:
         raise ValueError("`--head_width` is that of `--derivative_head`, leave it out.")
-    unet = GenieUNet2DModel.from_unet(unet, head).requires_grad_(False)
+    unet = with_head(unet, head).requires_grad_(False).to(accelerator.device)
     head.requires_grad_(True)
-    unet.to(accelerator.device)
-    classes = unet.config.num_class_embeds
-    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and classes is None):
-        raise ValueError(
-            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes, got "
-            f"{args.max_guidance_scale}."
-        )
-    if args.target == "secant" and not args.secant_width > 0:
-        raise ValueError(f"`--secant_width` must be positive, got {args.secant_width}.")
-    resolution, channels = unet.config.sample_size, unet.config.in_channels
-    if args.resolution not in (None, resolution):
-        raise ValueError(f"`--resolution` must be {resolution}, the model's `sample_size`, got {args.resolution}.")
-
     with accelerator.main_process_first():
-        pictures = load_pictures(
-            args.dataset_name,
-            resolution,
-            channels,
-            dataset_config_name=args.dataset_config_name,
-            dataset_split=args.dataset_split,
-            image_column=args.image_column,
-            label_column=None if classes is None else args.label_column,
-            cache_dir=args.cache_dir,
-        )
-    if classes is not None:
-        has_null_class = args.label_dropout > 0 or args.max_guidance_scale > 1
-        check_labels(pictures.unique("label"), classes - has_null_class)
-    if not 0 < args.validation_samples < len(pictures):
-        raise ValueError(
-            f"`--validation_samples` must be between 1 and {len(pictures) - 1}, got {args.validation_samples}."
-        )
-    shape = (channels, resolution, resolution)
-    count = len(pictures) - args.validation_samples
-    stream = TrainingStream(pictures.select(range(count)), shape, shape, args.seed, args.random_flip)
-    validation = TrainingStream(pictures.select(range(count, len(pictures))), shape, shape, args.seed + 1)
+        unet, latents = conditioned(unet, args, accelerator.mixed_precision, accelerator.device, latents=True)
+        stream, validation = streams(args, unet, latents)
     distillation = SlopeDistillation(
         unet,
         scheduler.process,
         scheduler.config.prediction_type,
         args.secant_width if args.target == "secant" else None,
-        None if classes is None else classes - 1,
         args.max_guidance_scale,
         args.label_dropout,
     )
@@ -368,8 +399,9 @@ def main(args: argparse.Namespace) -> None:
     first_step = load_checkpoint(accelerator, args)
     ema.to(accelerator.device)
     log = RunLog(accelerator, args, first_step)
+    count = len(stream.pictures)
     logger.info(
-        f"{count} pictures of {resolution}x{resolution}, a head of {head.num_parameters():,} parameters on a UNet of "
+        f"{count} pictures, a head of {head.num_parameters():,} parameters on a UNet of "
         f"{unet.num_parameters() - head.num_parameters():,}, {total_batch_size(args, accelerator)} points a step, "
         f"steps {first_step + 1} to {args.max_train_steps}"
     )
@@ -427,7 +459,7 @@ def finish(
         distillation, head, validation, args.validation_samples, args.train_batch_size, accelerator.device
     )
     plot_error(error, scheduler.process, args.output_dir / "error.png")
-    grid = sample_grid(unet, scheduler.config, args)
+    grid = sample_grid(unet, scheduler.config, args, accelerator.device)
     grid.save(args.output_dir / "samples.png")
     log.image("samples", grid, args.max_train_steps)
     facts = {
@@ -441,7 +473,7 @@ def finish(
         "Held-out relative error of dε/dλ": ", ".join(f"{value:.2f}" for value in error)
         + f" (tenths of the timesteps, from clean to noisy; {args.validation_samples} pictures)",
     }
-    write_card(args, facts)
+    write_card(args, unet, facts)
     if args.push_to_hub:
         push_to_hub(args)
 

@@ -31,8 +31,9 @@ from learned_tables import FAMILY, LearnedTable, MarginalTable, learned_schedule
 from ode_paths import Noises, Trajectories, fit_table, in_batches, relative_error, solve, solver_of, teacher_of
 from training_utils import (
     RunLog,
-    add_data_arguments,
+    add_dataset_arguments,
     add_training_arguments,
+    computed_once,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -46,6 +47,16 @@ from training_utils import (
 logger = get_logger(__name__)
 
 ORIGINS = ("ddim", "deis", "genie", "least_squares")
+#: arguments that paths of the ODE follow from, and those of which the tables are that learning starts from
+OF_PATHS = (
+    "pretrained_model_name_or_path",
+    "num_inference_steps",
+    "teacher_steps",
+    "guidance_scale",
+    "null_class",
+    "seed",
+)
+OF_ORIGIN = ("origin", "time_grid", "eta", "fit_trajectories")
 #: what random numbers are drawn for
 TRAINING, VALIDATION, REPORT, SOLUTIONS, FIT = range(5)
 
@@ -100,10 +111,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_samples", type=int, default=512, help="Pictures from held-out noise.")
     add("--validation_steps", type=int, default=50, help="Validate and log the tables every so many steps.")
     add("--solve_batch_size", type=int, default=64, help="Batch size where nothing is learned.")
-    add_data_arguments(parser, label_dropout=False)
+    add_dataset_arguments(parser, help="Real pictures, if the feature network does not bring features of some.")
     add_training_arguments(parser)
-    for action in parser._actions:
-        action.required &= action.dest != "dataset_name"
     parser.set_defaults(
         train_batch_size=64, learning_rate=3e-3, lr_warmup_steps=10, adam_weight_decay=0.0, ema_max_decay=0.98
     )
@@ -303,29 +312,31 @@ def main(args: argparse.Namespace) -> None:
 
     # What is learned from does not change: whatever was computed before a kill is read again.
     counts, longest = args.num_inference_steps, max(args.num_inference_steps)
-    origin_folder, solutions_file = args.output_dir / "origin", args.output_dir / "trajectories.safetensors"
     by_trajectory = args.objective == "trajectory"
     validation = draw(unet, args.validation_samples, longest, args, VALIDATION)
     report = draw(unet, args.validation_samples, longest, args, REPORT)
     training = draw(unet, args.train_trajectories, 0, args, SOLUTIONS)[0] if by_trajectory else None
+
+    def write_origin(folder: Path) -> None:
+        tables = origin_tables(args, unet, scheduler_config, device)
+        learned_scheduler(scheduler_config, tables).save_pretrained(folder)
+
+    def write_solutions(path: Path) -> None:
+        teacher = teacher_of(scheduler_config)
+        solutions = {
+            name: in_batches(
+                lambda batch: solve(unet, teacher, args.teacher_steps, batch), noises, args.solve_batch_size, device
+            )
+            for name, noises in {"training": training, "validation": validation[0], "report": report[0]}.items()
+        }
+        save_file(solutions, path)
+
     with accelerator.main_process_first():
-        if not (origin_folder / "scheduler_config.json").exists():
-            tables = origin_tables(args, unet, scheduler_config, device)
-            learned_scheduler(scheduler_config, tables).save_pretrained(origin_folder)
-        if by_trajectory and not solutions_file.exists():
-            teacher = teacher_of(scheduler_config)
-            solutions = {
-                name: in_batches(
-                    lambda batch: solve(unet, teacher, args.teacher_steps, batch),
-                    noises,
-                    args.solve_batch_size,
-                    device,
-                )
-                for name, noises in {"training": training, "validation": validation[0], "report": report[0]}.items()
-            }
-            save_file(solutions, solutions_file.with_suffix(".partial"))
-            solutions_file.with_suffix(".partial").replace(solutions_file)
-    solutions = load_file(solutions_file) if by_trajectory else {}
+        origin_folder = computed_once(args, "origin", [*OF_PATHS, *OF_ORIGIN], write_origin)
+        solutions = {}
+        if by_trajectory:
+            depends_on = [*OF_PATHS, "train_trajectories", "validation_samples"]
+            solutions = load_file(computed_once(args, "trajectories.safetensors", depends_on, write_solutions))
     objective = Objective(args, unet, device)
     origin = GGDMScheduler.load_config(origin_folder)["tables"]
     missing = [steps for steps in counts if str(steps) not in origin]

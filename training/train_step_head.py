@@ -9,6 +9,7 @@ see README.md here for examples.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,18 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from conditions import add_condition_arguments, conditioned, load_unet, rematerialised, with_head
+from conditions import (
+    CONDITION_ARGUMENTS,
+    add_condition_arguments,
+    check_guidance,
+    conditioned,
+    further_channels,
+    load_unet,
+    rematerialised,
+    sampling_code,
+    takes_text,
+    with_head,
+)
 from genie_diffusers import GenieScheduler, GenieUNet2DModel, StepHead
 from genie_diffusers.model_card import create_model_card
 from ode_paths import (
@@ -38,7 +50,9 @@ from ode_paths import (
 from training_utils import (
     RunLog,
     adamw,
+    add_dataset_arguments,
     add_training_arguments,
+    computed_once,
     hub_id,
     launch_command,
     load_checkpoint,
@@ -95,7 +109,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Share of unguided samples of the null class, the last one, or of the empty prompt.",
     )
     parser.add_argument("--solve_batch_size", type=int, default=64, help="Batch size where nothing is trained.")
+    parser.add_argument(
+        "--captions",
+        help="For text-to-image models: a text file with a caption a line, or a data set (Hub id or folder).",
+    )
+    add_dataset_arguments(
+        parser,
+        help="For models with pictures on further channels: Hub id or folder of a data set, with captions if the "
+        "model takes text.",
+    )
     add_condition_arguments(parser)
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Compute every call of the denoiser again in the backward pass: the memory of one call, whatever their "
+        "number, for a third more time.",
+    )
     add_training_arguments(parser)
     return parser.parse_args(argv)
 
@@ -139,12 +168,16 @@ def drawn_by(unet, scheduler: GenieScheduler, steps: int, noises: Noises, args: 
 
 
 def check(args: argparse.Namespace, unet: UNet2DModel) -> None:
-    classes = unet.config.num_class_embeds
-    if args.max_guidance_scale < 1.0 or (args.max_guidance_scale > 1.0 and classes is None):
-        raise ValueError(
-            "`--max_guidance_scale` must be at least 1, and 1 for a model without classes or captions, got "
-            f"{args.max_guidance_scale}."
-        )
+    text, purpose = takes_text(unet), further_channels(unet)
+    needed = {"captions": text and purpose is None, "dataset_name": purpose is not None}
+    for name, is_needed in needed.items():
+        value = getattr(args, name)
+        if (value is not None) != is_needed:
+            raise ValueError(
+                f"`--{name}` must {'' if is_needed else 'not '}be given for a `{type(unet).__name__}` of "
+                f"{unet.config.in_channels} input and {unet.config.out_channels} output channels, got {value!r}."
+            )
+    check_guidance(args, unet)
     missing = sorted(set(args.head_steps) - set(args.table_steps))
     if missing:
         raise ValueError(f"`--head_steps` must be among `--table_steps`, which lack {missing}.")
@@ -160,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)  # the same in all processes, whose heads start alike
     device = accelerator.device
     unet = load_unet(args.pretrained_model_name_or_path)
+    check(args, unet)
     scheduler_config = GenieScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
     scheduler = solver_of(scheduler_config)
     head = StepHead.for_unet(unet, scheduler.config, width=args.head_width)
@@ -168,28 +202,31 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         rematerialised(unet)
     with accelerator.main_process_first():
-        unet = conditioned(unet, args, accelerator.mixed_precision, device)
-    check(args, unet)
+        unet, _ = conditioned(unet, args, accelerator.mixed_precision, device)
 
     # What is learned from does not change: whatever was computed before a kill is read again.
     guided = args.train_trajectories // 3 if args.max_guidance_scale > 1 else 0
     train = {"unguided": draw(unet, args.train_trajectories - guided, args.seed + 2, args.label_dropout)}
     if guided:
         train["guided"] = draw(unet, guided, args.seed + 3, 0.0, args.max_guidance_scale)
-    tables_file, pairs_file = args.output_dir / "tables", args.output_dir / "trajectories.safetensors"
+    conditions = [name for name in CONDITION_ARGUMENTS if name in args]
+    of_tables = ["table_steps", "head_steps", "teacher_steps", "fit_trajectories", "label_dropout"]
+    of_pictures = ["train_trajectories", "teacher_steps", "max_guidance_scale", "label_dropout"]
+
+    def write_tables(folder: Path) -> None:
+        head.register_to_config(tables=fit_tables(unet, scheduler_config, args, device))
+        head.save_config(folder)
+
+    def write_pictures(path: Path) -> None:
+        teacher = teacher_of(scheduler_config)
+        drawn = {name: drawn_by(unet, teacher, args.teacher_steps, train[name], args, device) for name in train}
+        save_file(drawn, path)
+
     with accelerator.main_process_first():
-        if not (tables_file / "config.json").exists():
-            head.register_to_config(tables=fit_tables(unet, scheduler_config, args, device))
-            head.save_config(tables_file)
-        head.register_to_config(tables=StepHead.load_config(tables_file)["tables"])
-        if not pairs_file.exists():
-            pictures = {
-                name: drawn_by(unet, teacher_of(scheduler_config), args.teacher_steps, noises, args, device)
-                for name, noises in train.items()
-            }
-            save_file(pictures, pairs_file.with_suffix(".partial"))
-            pairs_file.with_suffix(".partial").replace(pairs_file)
-    pictures = load_file(pairs_file)
+        tables = computed_once(args, "tables", [*conditions, *of_tables], write_tables)
+        head.register_to_config(tables=StepHead.load_config(tables)["tables"])
+        pictures = computed_once(args, "trajectories.safetensors", [*conditions, *of_pictures], write_pictures)
+    pictures = load_file(pictures)
     scheduler.attach(unet)
 
     optimizer = adamw(args, head.parameters())
@@ -198,7 +235,8 @@ def main(args: argparse.Namespace) -> None:
     )
     ema = EMAModel(head.parameters(), decay=args.ema_max_decay, foreach=True)
     # The head is not prepared: it runs many times a step, inside the UNet, so its gradients are averaged by hand.
-    accelerator.register_for_checkpointing(head, optimizer, lr_scheduler, ema)
+    optimizer = accelerator.prepare(optimizer)
+    accelerator.register_for_checkpointing(head, lr_scheduler, ema)
     first_step = load_checkpoint(accelerator, args)
     ema.to(device)
     log = RunLog(accelerator, args, first_step)
@@ -313,25 +351,14 @@ def finish(
     for name, values in errors.items():
         by_steps = dict(zip(args.table_steps, values, strict=True))
         facts[f"Held-out relative error, {name}"] = ", ".join(f"{n}: {by_steps[n]:.4f}" for n in shown)
-    model_class, pipeline_class, call = "GenieUNet2DModel", "GeniePipeline", "num_inference_steps=8"
-    if args.captions is not None:
-        model_class = "GenieUNet2DConditionModel"
-        pipeline_class = f"GenieStableDiffusion{'XL' if 'text_embeds' in unet.names else ''}Pipeline"
-        call = f'"a photo of a cat", {call}'
     repository = args.hub_model_id or args.output_dir.name
     base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
     card = create_model_card(
         repository,
         f"A distilled solver for {base}, made with genie_diffusers: weights and a small network that land each step "
-        "of a short sampling run near the converged solution of the probability-flow ODE. It was distilled from the "
-        "denoiser alone, without data.",
-        usage=(
-            f"from genie_diffusers import {pipeline_class}, GenieScheduler, {model_class}\n\n"
-            f'pipe = {pipeline_class}.from_pretrained("{base}")\n'
-            f"pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config, clip_sample=False)\n"
-            f'pipe.unet = {model_class}.from_unet(pipe.unet, derivative_head="{repository}")\n'
-            f"images = pipe({call}).images"
-        ),
+        "of a short sampling run near the converged solution of the probability-flow ODE."
+        + ("" if args.dataset_name else " It was distilled from the denoiser alone, without data."),
+        usage=sampling_code(args, unet, 8, clip_sample=False),
         facts=facts,
         command=launch_command(),
         pictures={
@@ -339,6 +366,7 @@ def finish(
             "loss.png": "Training loss and its running mean, in units of the error of the tables alone.",
         },
         base_model=hub_id(args.pretrained_model_name_or_path),
+        dataset=hub_id(args.dataset_name),
     )
     card.save(args.output_dir / "README.md")
     if args.push_to_hub:

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: what a published folder holds; never the training state, which is pickled
 PUBLISHED_FILES = ["README.md", "*.json", "*.safetensors", "*.png"]
+#: folder in `--output_dir` for what a run computes before it trains
+COMPUTED = "computed"
 
 
 # Arguments
@@ -61,16 +63,22 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_private_repo", action="store_true")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, label_dropout: bool = True) -> None:
-    """The arguments of [`load_pictures`] and of the augmentation; `label_dropout` where there may be a null class."""
+def add_dataset_arguments(parser: argparse.ArgumentParser, **of_name) -> None:
+    """Which pictures: the arguments of [`open_dataset`] and the side of a picture; `of_name` describes the first."""
     add = parser.add_argument
-    add("--dataset_name", required=True, help="Hub id, or a folder that `datasets.load_dataset` can open.")
+    add("--dataset_name", **of_name)
     add("--dataset_config_name")
     add("--dataset_split", default="train")
     add("--image_column", default="image")
-    add("--label_column", default="label", help="Used by class-conditional models only.")
     add("--cache_dir", help="Folder of the data set cache. Default: that of `datasets`.")
-    add("--resolution", type=int, help="Side of the training pictures in pixels. Default: the model's `sample_size`.")
+    add("--resolution", type=int, help="Side of a picture in pixels. Default: that of the model's `sample_size`.")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, label_dropout: bool = True) -> None:
+    """The arguments of [`load_pictures`] and of the augmentation; `label_dropout` where there may be a null class."""
+    add_dataset_arguments(parser, required=True, help="Hub id, or a folder that `datasets.load_dataset` can open.")
+    add = parser.add_argument
+    add("--label_column", default="label", help="Used by class-conditional models only.")
     add("--random_flip", action="store_true", help="Flip half of the pictures horizontally.")
     if label_dropout:
         add(
@@ -156,33 +164,53 @@ def load_pictures(
     """
     if channels not in (1, 3):
         raise ValueError(f"`channels` must be 1 (grayscale) or 3 (RGB), got {channels}.")
+    columns = {"image": image_column} | ({"label": label_column} if label_column is not None else {})
+    return open_dataset(dataset_name, columns, dataset_config_name, dataset_split, cache_dir).map(
+        _to_pixels,
+        fn_kwargs={"resolution": resolution, "mode": "RGB" if channels == 3 else "L"},
+        remove_columns="image",
+        desc=f"Averaging to {resolution}x{resolution}",
+    )
+
+
+def _to_pixels(example: dict, resolution: int, mode: str) -> dict:
+    return {"pixels": square(example["image"], resolution, mode).tobytes()}
+
+
+def open_dataset(
+    dataset_name: str,
+    columns: dict[str, str],
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """
+    A data set with nothing but the named columns, renamed to what they are for: `"image"`, `"label"` or `"caption"`.
+
+    Raises:
+        ValueError: If a column is missing or of another type.
+    """
     dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=dataset_split, cache_dir=cache_dir)
-    columns = {image_column: "image"} | ({label_column: "label"} if label_column is not None else {})
-    for column, role in columns.items():
+    held = {"image": "pictures", "label": "integers", "caption": "text"}
+    for role, column in columns.items():
         if column not in dataset.column_names:
             raise ValueError(
                 f"`--{role}_column` must be one of the columns {', '.join(dataset.column_names)} of "
                 f"{dataset_name}, got {column!r}."
             )
-    picture, label = dataset.features[image_column], dataset.features.get(label_column)
-    if not isinstance(picture, datasets.Image):
-        raise ValueError(f"`--image_column` must hold pictures, got {image_column!r} of type {picture}.")
-    if label is not None and "int" not in label.dtype:
-        raise ValueError(f"`--label_column` must hold integers, got {label_column!r} of type {label}.")
-    return (
-        dataset.select_columns(list(columns))
-        .rename_columns(columns)
-        .map(
-            _to_pixels,
-            fn_kwargs={"resolution": resolution, "mode": "RGB" if channels == 3 else "L"},
-            remove_columns="image",
-            desc=f"Averaging to {resolution}x{resolution}",
-        )
+        feature = dataset.features[column]
+        kind = str(getattr(feature, "dtype", ""))
+        fits = {"image": isinstance(feature, datasets.Image), "label": "int" in kind, "caption": "string" in kind}
+        if not fits[role]:
+            raise ValueError(f"`--{role}_column` must hold {held[role]}, got {column!r} of type {feature}.")
+    return dataset.select_columns(list(columns.values())).rename_columns(
+        {column: role for role, column in columns.items()}
     )
 
 
-def _to_pixels(example: dict, resolution: int, mode: str) -> dict:
-    image = example["image"].convert(mode)
+def square(image: Image.Image, resolution: int, mode: str) -> Image.Image:
+    """The central square, averaged over areas to `resolution`."""
+    image = image.convert(mode)
     side = min(image.size)
     if side < resolution:
         raise ValueError(
@@ -190,8 +218,15 @@ def _to_pixels(example: dict, resolution: int, mode: str) -> dict:
             f"{image.width}x{image.height} pixels."
         )
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, top, left + side, top + side)
-    return {"pixels": image.resize((resolution, resolution), Image.Resampling.BOX, box=square).tobytes()}
+    box = (left, top, left + side, top + side)
+    return image.resize((resolution, resolution), Image.Resampling.BOX, box=box)
+
+
+def from_pixels(pixels: list[bytes], shape: tuple[int, int, int]) -> np.ndarray:
+    """Pictures of `shape`, in channels, height and width, in [−1, 1]."""
+    channels, height, width = shape
+    values = np.frombuffer(b"".join(pixels), dtype=np.uint8).reshape(-1, height, width, channels)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
 
 
 def check_labels(labels: list[int], classes: int) -> None:
@@ -240,15 +275,12 @@ class TrainingStream(torch.utils.data.Dataset):
         float64, `"choices"` (two more such numbers, for what a script draws besides) and, if the data set has them,
         `"labels"`.
         """
-        rows = self.pictures[[self._picture(position) for position in positions]]
-        channels, height, width = self.image_shape
-        pixels = np.frombuffer(b"".join(rows["pixels"]), dtype=np.uint8).reshape(-1, height, width, channels)
-        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
+        images, labels = self._rows([self._picture(position) for position in positions])
         batch = {"images": images, "times": np.empty(len(positions))}
         batch["noise"] = np.empty((len(positions), *self.noise_shape), dtype=np.float32)
         batch["choices"] = np.empty((len(positions), 2))
-        if "label" in rows:
-            batch["labels"] = np.array(rows["label"], dtype=np.int64)
+        if labels is not None:
+            batch["labels"] = np.array(labels, dtype=np.int64)
         for i, position in enumerate(positions):
             generator = np.random.default_rng([self.seed, 1, position])
             batch["times"][i], flip, drop = generator.random(3)
@@ -259,6 +291,11 @@ class TrainingStream(torch.utils.data.Dataset):
                 batch["labels"][i] = self.null_class
             batch["choices"][i] = generator.random(2)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def _rows(self, numbers: list[int]) -> tuple[np.ndarray, list[int] | None]:
+        """The pictures with these numbers, and their labels if there are any."""
+        rows = self.pictures[numbers]
+        return from_pixels(rows["pixels"], self.image_shape), rows.get("label")
 
     def _picture(self, position: int) -> int:
         epoch, place = divmod(position, len(self.pictures))
@@ -342,6 +379,40 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return accelerator
+
+
+def computed_once(
+    args: argparse.Namespace, name: str, depends_on: Iterable[str], compute: Callable[[Path], None]
+) -> Path:
+    """
+    A file or folder that `compute` writes when it is first needed. Later runs read it again.
+
+    Args:
+        args (`argparse.Namespace`): The arguments of the script.
+        name (`str`): Of the file or folder. It has this name only when it is complete.
+        depends_on (iterable of `str`): The arguments that it follows from.
+        compute (`Callable`): Called with the path to write to.
+
+    Raises:
+        ValueError: If it was computed with other arguments.
+    """
+    path = args.output_dir / COMPUTED / name
+    noted, partial = path.with_name(f"{name}.arguments.json"), path.with_name(f"partial-{name}")
+    arguments = {argument: str(getattr(args, argument)) for argument in depends_on}
+    if path.exists():
+        earlier = json.loads(noted.read_text())
+        for argument, value in arguments.items():
+            if earlier[argument] != value:
+                raise ValueError(
+                    f"`--{argument}` must be {earlier[argument]}, with which {path} was computed, got {value}. Pass "
+                    f"another `--output_dir`, or delete {path.parent}."
+                )
+        return path
+    path.parent.mkdir(exist_ok=True)
+    compute(partial)
+    noted.write_text(json.dumps(arguments, indent=2) + "\n")
+    os.replace(partial, path)
+    return path
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -498,6 +569,6 @@ def push_to_hub(args: argparse.Namespace) -> None:
         repo_id=repo_id,
         folder_path=args.output_dir,
         allow_patterns=PUBLISHED_FILES,
-        ignore_patterns=["*checkpoint*/*", f"{args.logging_dir}/*"],
+        ignore_patterns=["*checkpoint*/*", f"{COMPUTED}/*", f"{args.logging_dir}/*"],
         commit_message="End of training",
     )

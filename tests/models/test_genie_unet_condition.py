@@ -5,6 +5,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
 from diffusers.models.embeddings import MultiIPAdapterImageProjection as ImageProjections
+from peft import LoraConfig
 
 from genie_diffusers import (
     DerivativeHead,
@@ -158,7 +159,6 @@ def test_it_is_saved_and_loaded_with_its_head(genie_unet, noise, text, tmp_path,
 
 @pytest.mark.parametrize("when", ["before the head", "after the head"])
 def test_a_lora_of_the_unet_works_with_its_head(text_unet, head_for, noise, text, when):
-    peft = pytest.importorskip("peft")
     plain, x = text_unet(), noise(2, 2, 8, 8)
     head = head_for(plain, DerivativeHead)
     without = denoise(plain, x, text)
@@ -166,7 +166,7 @@ def test_a_lora_of_the_unet_works_with_its_head(text_unet, head_for, noise, text
     def add_lora(model):
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+            model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
 
     if when == "before the head":
         add_lora(plain)

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import conditions
+import ode_paths
 import train_step_head
 import training_utils
 from genie_diffusers import GeniePipeline, GenieScheduler, StepHead
@@ -26,20 +27,14 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def make_base(make_stable_diffusion, tmp_path_factory):
-    """A text-to-image checkpoint in the layout of the Hub, and a file of captions."""
-
-    def make(pipeline_class=StableDiffusionPipeline) -> tuple[Path, Path]:
-        folder = tmp_path_factory.mktemp("base")
-        make_stable_diffusion(pipeline_class).save_pretrained(folder / "model")
-        (folder / "captions.txt").write_text("\n".join(CAPTIONS))
-        return folder / "model", folder / "captions.txt"
-
-    return make
+def captions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("captions") / "captions.txt"
+    path.write_text("\n".join(CAPTIONS))
+    return path
 
 
 @pytest.fixture(scope="module")
-def base(make_base):
+def base(make_base) -> Path:
     return make_base()
 
 
@@ -72,12 +67,11 @@ def losses(output_dir: Path) -> list[float]:
     return [loss for _, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")]
 
 
-def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, tmp_path):
-    model, captions = base
+def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, captions, tmp_path):
     script = [str(REPOSITORY / "training" / "train_step_head.py")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *script]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    options = arguments(model, tmp_path / "head", captions=captions, max_guidance_scale=5, gradient_checkpointing="")
+    options = arguments(base, tmp_path / "head", captions=captions, max_guidance_scale=5, gradient_checkpointing="")
     run = subprocess.run([*launch, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     code = (
@@ -96,7 +90,7 @@ def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, t
         "print(pipe.scheduler.timesteps.tolist(), bool(torch.isfinite(images).all()))"
     )
     fresh = subprocess.run(
-        [sys.executable, "-c", code, str(model), str(tmp_path / "head"), str(tmp_path / "pipeline")],
+        [sys.executable, "-c", code, str(base), str(tmp_path / "head"), str(tmp_path / "pipeline")],
         env=environment,
         capture_output=True,
         text=True,
@@ -111,14 +105,15 @@ def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, t
 
 
 @pytest.mark.parametrize("pipeline_class", [StableDiffusionPipeline, StableDiffusionXLPipeline])
-def test_a_class_is_a_caption_and_the_last_one_the_empty_prompt(make_base, tmp_path, pipeline_class):
-    model, captions = make_base(pipeline_class)
+def test_a_class_is_a_caption_and_the_last_one_the_empty_prompt(make_base, captions, tmp_path, pipeline_class):
+    model = make_base(pipeline_class)
     args = train_step_head.parse_args(arguments(model, tmp_path, captions=captions, resolution=32, max_captions=4))
     unet = conditions.load_unet(model)
     unet = conditions.with_head(unet, StepHead.for_unet(unet, width=8))
-    denoiser = conditions.conditioned(unet, args, "no", torch.device("cpu"))
+    denoiser, _ = conditions.conditioned(unet, args, "no", torch.device("cpu"))
     config = denoiser.config
     assert (config.num_class_embeds, config.in_channels, config.sample_size) == (5, 4, 16)
+    assert ode_paths.null_labels(denoiser, torch.tensor([0, 3, 4])).min() >= 4
     pipe = pipeline_class.from_pretrained(model)
     sample, timestep = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
     found, expected = denoiser(sample, timestep, class_labels=torch.tensor([1, 4])).sample, []
@@ -132,37 +127,36 @@ def test_a_class_is_a_caption_and_the_last_one_the_empty_prompt(make_base, tmp_p
                 time_ids = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])
                 added = {"added_cond_kwargs": {"text_embeds": encoded[2 + i], "time_ids": time_ids}}
             expected.append(pipe.unet(sample[i : i + 1], timestep, encoded[i], **added).sample)
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=2e-3, atol=1e-3)  # embeddings are rounded
     assert not torch.allclose(found[0], denoiser(sample, timestep, torch.tensor([2, 4])).sample[0], rtol=1e-2)
 
 
-def test_embeddings_are_computed_once(base, tmp_path, monkeypatch):
-    model, captions = base
-    train(model, tmp_path, captions=captions)
-    monkeypatch.setattr(conditions, "_captions", None)
-    train(model, tmp_path, captions=captions, max_train_steps=4, resume_from_checkpoint="latest")
+def test_embeddings_are_computed_once(base, captions, tmp_path, monkeypatch):
+    train(base, tmp_path, captions=captions)
+    monkeypatch.setattr(conditions, "_of_captions", None)
+    train(base, tmp_path, captions=captions, max_train_steps=4, resume_from_checkpoint="latest")
     assert len(losses(tmp_path)) == 4
-    assert load_file(tmp_path / "conditions.safetensors")["encoder_hidden_states"].shape == (6, 16, 16)
+    rows = load_file(tmp_path / "computed" / "conditions.safetensors")
+    assert rows["encoder_hidden_states"].shape == (6, 16, 16)
 
 
-def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, tmp_path):
-    model, captions = base
-    train(model, tmp_path / "plain", captions=captions, max_guidance_scale=5)
-    train(model, tmp_path / "checkpointed", captions=captions, max_guidance_scale=5, gradient_checkpointing="")
+def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, captions, tmp_path):
+    train(base, tmp_path / "plain", captions=captions, max_guidance_scale=5)
+    train(base, tmp_path / "checkpointed", captions=captions, max_guidance_scale=5, gradient_checkpointing="")
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-    unet = conditions.load_unet(model)
-    head = StepHead.for_unet(unet, GenieScheduler.load_config(model, subfolder="scheduler"), width=8)
+    unet = conditions.load_unet(base)
+    head = StepHead.for_unet(unet, GenieScheduler.load_config(base, subfolder="scheduler"), width=8)
     head.register_to_config(tables=StepHead.load_config(tmp_path / "plain")["tables"])
     torch.nn.init.normal_(head.conv_out.weight, std=0.1)
     saved = {}
     for name in ("plain", "checkpointed"):
-        args = train_step_head.parse_args(arguments(model, tmp_path / "plain", captions=captions))
-        model_with_head = conditions.with_head(conditions.load_unet(model), head).requires_grad_(False)
+        args = train_step_head.parse_args(arguments(base, tmp_path / "plain", captions=captions))
+        model_with_head = conditions.with_head(conditions.load_unet(base), head).requires_grad_(False)
         model_with_head.derivative_head.requires_grad_(True)
         if name == "checkpointed":
             conditions.rematerialised(model_with_head)
-        denoiser = conditions.conditioned(model_with_head, args, "no", torch.device("cpu"))
-        scheduler = train_step_head.solver_of(GenieScheduler.load_config(model, subfolder="scheduler"))
+        denoiser, _ = conditions.conditioned(model_with_head, args, "no", torch.device("cpu"))
+        scheduler = train_step_head.solver_of(GenieScheduler.load_config(base, subfolder="scheduler"))
         scheduler.attach(denoiser)
         kept: dict[int, int] = {}
 
@@ -177,15 +171,14 @@ def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, tmp_pat
     assert saved["checkpointed"] < 0.5 * saved["plain"]
 
 
-def test_half_precision_is_that_of_the_denoiser_alone(base, tmp_path):
-    model, captions = base
-    args = train_step_head.parse_args(arguments(model, tmp_path, captions=captions))
-    unet = conditions.load_unet(model)
+def test_half_precision_is_that_of_the_denoiser_alone(base, captions, tmp_path):
+    args = train_step_head.parse_args(arguments(base, tmp_path, captions=captions))
+    unet = conditions.load_unet(base)
     unet = conditions.with_head(unet, StepHead.for_unet(unet, width=8))
-    denoiser = conditions.conditioned(unet, args, "bf16", torch.device("cpu"))
-    assert denoiser.unet.conv_in.weight.dtype == denoiser.encoder_hidden_states.dtype == torch.bfloat16
+    denoiser, _ = conditions.conditioned(unet, args, "bf16", torch.device("cpu"))
+    assert denoiser.unet.conv_in.weight.dtype == torch.bfloat16
     assert denoiser.unet.derivative_head.conv_out.weight.dtype == torch.float32
-    train(model, tmp_path / "run", captions=captions, mixed_precision="bf16", max_guidance_scale=3)
+    train(base, tmp_path / "run", captions=captions, mixed_precision="bf16", max_guidance_scale=3)
     assert all(0 < loss < 10 for loss in losses(tmp_path / "run"))
 
 
@@ -202,9 +195,9 @@ def test_an_upscaler_is_distilled_with_its_low_resolution_pictures(data, tmp_pat
         norm_num_groups=4,
     )
     GeniePipeline(unet, GenieScheduler()).save_pretrained(tmp_path / "base")
-    pictures = {"low_resolution_dataset_name": data, "low_resolution": 4}
+    pictures = {"dataset_name": data, "low_resolution": 4}
     train(tmp_path / "base", tmp_path / "head", **pictures)
-    rows = load_file(tmp_path / "head" / "conditions.safetensors")["channels"]
+    rows = load_file(tmp_path / "head" / "computed" / "conditions.safetensors")["channels"]
     assert rows.shape == (40, 3, 8, 8) and rows.min() >= -1 and rows.max() <= 1
     head = StepHead.from_pretrained(tmp_path / "head")
     assert head.config.in_channels == 3 and list(head.config.tables) == ["2", "3"]
@@ -213,18 +206,25 @@ def test_an_upscaler_is_distilled_with_its_low_resolution_pictures(data, tmp_pat
     assert pipe(image=rows[:2], num_inference_steps=3, output_type="pt").images.shape == (2, 3, 8, 8)
 
 
-def test_conditions_that_are_missing_or_have_no_use_are_refused(base, data, tmp_path):
-    model, captions = base
-    with pytest.raises(ValueError, match="`--captions` must be given for a `GenieUNet2DConditionModel`"):
-        train(model, tmp_path)
-    with pytest.raises(ValueError, match="`--low_resolution_dataset_name` must not be given"):
-        train(model, tmp_path, captions=captions, low_resolution_dataset_name=data)
-    with pytest.raises(ValueError, match="`--caption_column` must be one of the columns image, label, got 'text'"):
-        train(model, tmp_path, captions=data)
+def test_conditions_that_are_missing_or_have_no_use_are_refused(base, captions, data, tmp_path):
+    with pytest.raises(ValueError, match="`--captions` must be given for a `UNet2DConditionModel`"):
+        train(base, tmp_path)
+    with pytest.raises(ValueError, match="`--dataset_name` must not be given"):
+        train(base, tmp_path, captions=captions, dataset_name=data)
+    with pytest.raises(ValueError, match="`--low_resolution` must not be given for this model, got 4"):
+        train(base, tmp_path, captions=captions, low_resolution=4)
+    with pytest.raises(ValueError, match="`--caption_column` must be one of the columns image, label of"):
+        train(base, tmp_path, captions=data)
+    with pytest.raises(ValueError, match="`--caption_column` must hold text, got 'label'"):
+        train(base, tmp_path, captions=data, caption_column="label")
 
 
-def test_the_8_bit_optimizer_says_what_it_needs(base, tmp_path, monkeypatch):
-    model, captions = base
+def test_channels_of_no_known_use_are_refused(make_base, captions, tmp_path):
+    with pytest.raises(ValueError, match="8 input and 4 output channels cannot be distilled"):
+        train(make_base(unet_channels=8), tmp_path, captions=captions)
+
+
+def test_the_8_bit_optimizer_says_what_it_needs(base, captions, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="`--use_8bit_adam` needs bitsandbytes"):
-        train(model, tmp_path, captions=captions, use_8bit_adam="")
+        train(base, tmp_path, captions=captions, use_8bit_adam="")

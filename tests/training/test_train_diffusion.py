@@ -440,10 +440,48 @@ def test_label_that_is_the_null_class_is_an_error():
         train_diffusion.check_labels([0, 3], train_diffusion.num_classes(unet, label_dropout=0.1))
 
 
+# What is computed once
+
+
+@pytest.fixture
+def computed(tmp_path):
+    """Calls `computed_once` with arguments, and notes how often it computes."""
+
+    def call(**named) -> str:
+        def compute(path):
+            call.times += 1
+            path.write_text(str(call.times))
+            if named.get("killed"):
+                raise KeyboardInterrupt
+
+        args = argparse.Namespace(output_dir=tmp_path, **{"steps": [2, 3], "scale": 1.0} | named)
+        return training_utils.computed_once(args, "result.txt", ["steps", "scale"], compute).read_text()
+
+    call.times = 0
+    return call
+
+
+def test_what_follows_from_the_same_arguments_is_computed_once(computed):
+    assert computed() == "1"
+    assert computed(another_argument=5) == "1"
+    with pytest.raises(ValueError, match=r"`--scale` must be 1\.0, with which .*result\.txt was computed, got 2\.0"):
+        computed(scale=2.0)
+    with pytest.raises(ValueError, match=r"`--steps` must be \[2, 3\]"):
+        computed(steps=[2])
+    assert computed.times == 1
+
+
+def test_what_was_killed_while_it_was_computed_is_computed_again(computed):
+    with pytest.raises(KeyboardInterrupt):
+        computed(killed=True, scale=3.0)
+    assert computed() == "2"
+    assert computed() == "2"
+
+
 # Publication
 
 
-def test_pickled_training_state_is_never_published(resumed, monkeypatch):
+def test_neither_training_state_nor_what_was_computed_for_it_is_published(resumed, monkeypatch):
     uploads = []
 
     class Api:
@@ -457,6 +495,7 @@ def test_pickled_training_state_is_never_published(resumed, monkeypatch):
     training_utils.push_to_hub(parse(output_dir=resumed[0], hub_model_id="tiny"))
     (upload,) = uploads
     files = [str(path.relative_to(resumed[0])) for path in resumed[0].rglob("*") if path.is_file()]
+    files += ["computed/trajectories.safetensors", "computed/tables/config.json"]
     published = filter_repo_objects(
         files, allow_patterns=upload["allow_patterns"], ignore_patterns=upload["ignore_patterns"]
     )

@@ -114,6 +114,8 @@ def test_a_resumed_run_has_the_losses_and_the_weights_of_a_whole_one(base, solut
     train(base, resumed, resume_from_checkpoint="latest", **options)
     assert list(losses(resumed)) == [1, 2, 3, 4]
     assert losses(resumed) == losses(whole)
+    with pytest.raises(ValueError, match=r"`--fit_trajectories` must be 16, with which .*start was computed, got 17"):
+        train(base, resumed, resume_from_checkpoint="latest", fit_trajectories=17, **options)
     pipes = [DSNOPipeline.from_pretrained(folder) for folder in (resumed, whole)]
     assert pipes[0].unet.config.timesteps == pipes[1].unet.config.timesteps
     assert all(torch.equal(a, b) for a, b in zip(*(pipe.unet.parameters() for pipe in pipes), strict=True))

@@ -400,7 +400,7 @@ def test_result_is_a_sampler_that_a_pipeline_samples_with(base, trained):
     for steps in (2, 3):
         images = pipeline(class_labels=[0, 1], num_inference_steps=steps, output_type="np").images
         assert images.shape == (2, 8, 8, 3)
-    origin = tables(trained / "origin")
+    origin = tables(trained / "computed" / "origin")
     for steps, table in tables(trained).items():
         change = weights_of(table, 3) - weights_of({"noise": [0.0] * int(steps), **origin[steps]}, 3)
         assert 1e-3 < np.abs(change).max()
@@ -429,6 +429,10 @@ def test_a_resumed_run_has_the_losses_and_the_tables_of_a_whole_one(base, classi
     assert list(losses(tmp_path / "resumed")) == [1, 2, 3, 4]
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
     assert tables(tmp_path / "resumed") == tables(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"`--time_grid` must be .*origin was computed, got quadratic"):
+        train(
+            base, classifier, tmp_path / "resumed", resume_from_checkpoint="latest", time_grid="quadratic", **options
+        )
 
 
 @pytest.mark.parametrize("options", [{}, TRAJECTORY], ids=["kernel", "trajectory"])

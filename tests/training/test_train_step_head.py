@@ -158,12 +158,15 @@ def test_a_resumed_run_reads_its_solutions_and_has_the_losses_and_the_head_of_a_
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for output_dir, last in ((whole, 4), (resumed, 2)):
         train(base, output_dir, max_train_steps=last)
-    pictures = (resumed / "trajectories.safetensors").stat().st_mtime_ns
+    pictures = (resumed / "computed" / "trajectories.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(train_step_head, "fit_tables", None)
     train(base, resumed, resume_from_checkpoint="latest")
-    assert (resumed / "trajectories.safetensors").stat().st_mtime_ns == pictures
+    assert (resumed / "computed" / "trajectories.safetensors").stat().st_mtime_ns == pictures
     assert list(losses(resumed)) == [1, 2, 3, 4]
     assert losses(resumed) == losses(whole)
+    for name, value in {"teacher_steps": 17, "train_trajectories": 13, "label_dropout": 0.2, "seed": 1}.items():
+        with pytest.raises(ValueError, match=f"`--{name}` must be .* was computed, got {value}"):
+            train(base, resumed, resume_from_checkpoint="latest", **{name: value})
     heads = [StepHead.from_pretrained(folder) for folder in (resumed, whole)]
     assert heads[0].config.tables == heads[1].config.tables
     assert all(torch.equal(a, b) for a, b in zip(*(head.parameters() for head in heads), strict=True))
@@ -197,6 +200,33 @@ def test_gradients_are_those_of_the_loss_however_a_batch_is_accumulated(base, tm
         options = {"train_batch_size": split[0], "gradient_accumulation_steps": split[1], "max_train_steps": 2}
         train(base, tmp_path / name, **options)
     assert norms["split"] == pytest.approx(norms["whole"], rel=1e-3)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(base, tmp_path, monkeypatch):
+    """The loss is scaled in half precision, which accelerate offers on accelerators alone."""
+    start, clip, norms = training_utils.start_accelerator, Accelerator.clip_grad_norm_, {}
+
+    def unscale(self, optimizer=None):
+        for prepared in self._optimizers:
+            self.scaler.unscale_(prepared.optimizer)
+
+    for name, scaler in {"plain": None, "scaled": torch.amp.GradScaler("cpu", init_scale=1024.0)}.items():
+        found = norms[name] = []
+
+        def start_scaled(args, scaler=scaler):
+            accelerator = start(args)
+            accelerator.scaler = scaler
+            return accelerator
+
+        def note(self, parameters, max_norm, found=found):
+            found.append(float(clip(self, parameters, max_norm)))
+
+        monkeypatch.setattr(train_step_head, "start_accelerator", start_scaled)
+        monkeypatch.setattr(Accelerator, "clip_grad_norm_", note)
+        if scaler is not None:
+            monkeypatch.setattr(Accelerator, "unscale_gradients", unscale)
+        train(base, tmp_path / name, max_train_steps=2)
+    assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-4)
 
 
 def test_the_network_learns_what_the_tables_leave(base, tmp_path):
@@ -355,6 +385,6 @@ def test_bad_input_is_refused(base, tmp_path, named, message):
 
 def test_guidance_needs_classes():
     arguments_of_a_run = train_step_head.parse_args(arguments("base", "run", max_guidance_scale=2.0))
-    unet = SimpleNamespace(config=SimpleNamespace(num_class_embeds=None))
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=3, out_channels=3, num_class_embeds=None))
     with pytest.raises(ValueError, match="`--max_guidance_scale` must be at least 1, and 1 for a model without"):
         train_step_head.check(arguments_of_a_run, unet)
