@@ -26,7 +26,16 @@ from genie_diffusers.models.exact_slope import forward_mode, velocity_of
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))
-from train_step_head import Noises, draw, noise_of, predict, relative_error, solve, solver_of  # noqa: E402
+from ode_paths import (  # noqa: E402
+    Noises,
+    draw_guided,
+    noise_of,
+    predict,
+    relative_error,
+    solve,
+    solver_of,
+    teacher_of,
+)
 
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 REFERENCE_CALLS = 100
@@ -34,6 +43,7 @@ REFERENCE_CALLS = 100
 STRIDE, RANGE = 6, (-4.0, 2.5)
 #: in λ, to both sides
 SECANT = 0.3
+OWN_PATHS = ", own paths"
 
 
 class OwnPaths:
@@ -44,19 +54,23 @@ class OwnPaths:
         self.bind = source.bind
 
     def __call__(self, sample, noise_prediction, timestep, **kwargs):
-        null = torch.full_like(self.noises.labels, self.unet.config.num_class_embeds - 1)
-        slopes = []
-        for labels in (null, self.noises.labels):
-            own = predict(self.unet, sample, torch.tensor(int(timestep)), Noises(sample, labels, None))
-            slopes.append(self.source(sample, own, timestep, **kwargs))
-        return slopes[0] + self.noises.scales[:, None, None, None] * (slopes[1] - slopes[0])
+        def slope(branch: Noises) -> torch.Tensor:
+            return self.source(sample, predict(self.unet, sample, torch.tensor(int(timestep)), branch), timestep)
+
+        return combined(slope, self.unet, self.noises)
 
 
-def slope_by_secant(
-    unet, teacher: GenieScheduler, timestep: float, sample: torch.Tensor, noises: Noises
-) -> torch.Tensor:
+def combined(slope: Callable[[Noises], torch.Tensor], unet: GenieUNet2DModel, noises: Noises) -> torch.Tensor:
+    """null + w (conditional − null) of what `slope` says of both branches, or the conditional one without guidance."""
+    conditional = slope(Noises(noises.noise, noises.labels, None))
+    if noises.scales is None:
+        return conditional
+    null = slope(Noises(noises.noise, torch.full_like(noises.labels, unet.config.num_class_embeds - 1), None))
+    return null + noises.scales[:, None, None, None] * (conditional - null)
+
+
+def slope_by_secant(unet, process, timestep: int, sample: torch.Tensor, noises: Noises) -> torch.Tensor:
     """dε/dλ with the exact derivative in the sample, and over `SECANT` to both sides of the timestep that in time."""
-    process = teacher.process
     prediction = predict(unet, sample, torch.tensor(timestep), noises)
     velocity = velocity_of(sample, prediction, float(process.sigma(timestep)), "epsilon")
     ends = [process.log_snr(timestep) + side for side in (SECANT, -SECANT)]
@@ -64,18 +78,17 @@ def slope_by_secant(
     ahead, behind = (predict(unet, sample, torch.tensor(end), noises) for end in ends)
     width = float(process.log_snr(ends[0]) - process.log_snr(ends[1]))
     with forward_mode(unet):
-        in_sample = torch.func.jvp(lambda x: predict(unet, x, torch.tensor(timestep), noises), (sample,), (velocity,))[
-            1
-        ]
+        _, in_sample = torch.func.jvp(
+            lambda x: predict(unet, x, torch.tensor(timestep), noises), (sample,), (velocity,)
+        )
     return in_sample + (ahead - behind) / width
 
 
 @torch.no_grad()
-def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespace) -> dict:
-    """For each source: the relative error of its slopes, and of the pictures drawn with them."""
-    noises = draw(unet, args.noises, args.seed, 0.0, max_guidance_scale=2.0)
-    noises.scales = torch.full_like(noises.scales, scale)
-    teacher = solver_of(config, time_grid="uniform_lambda", denoising_step=True)
+def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespace) -> dict[str, dict]:
+    """By source: the relative errors of its slopes, and of the pictures drawn with them, one for each noise."""
+    noises = draw_guided(unet, args.noises, args.seed, scale)
+    teacher = teacher_of(config)
     teacher.set_timesteps(REFERENCE_CALLS)
     sample, states, predictions = noises.noise, [], []
     for index, timestep in enumerate(teacher.timesteps):
@@ -87,59 +100,77 @@ def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespa
 
     exact = ExactSlope(unet)
     sources = {"exact": exact, "head": unet.slope_source}
-    sources |= {f"{name}, own paths": OwnPaths(unet, source, noises) for name, source in list(sources.items())}
-    squares = {name: 0.0 for name in (*sources, "secant in time", "secant in time, own paths")}
-    energy = 0.0
+    sources |= {f"{name}{OWN_PATHS}": OwnPaths(unet, source, noises) for name, source in list(sources.items())}
+    for source in sources.values():
+        source.bind(teacher.process, teacher.config.prediction_type)
+    squares = {name: torch.zeros(len(noises)) for name in ("secant in time", f"secant in time{OWN_PATHS}", *sources)}
+    energy = torch.zeros(len(noises))
     points = [i for i in range(1, REFERENCE_CALLS - 1, STRIDE) if RANGE[0] < lambdas[i] < RANGE[1]]
     for i in points:
         reference = (predictions[i + 1] - predictions[i - 1]) / float(lambdas[i + 1] - lambdas[i - 1])
-        energy += float(reference.square().sum())
-        timestep = teacher.timesteps[i]
+        energy += reference.square().sum(dim=(1, 2, 3))
+        timestep, state = int(teacher.timesteps[i]), states[i]
+
+        def secant(branch: Noises, timestep=timestep, state=state) -> torch.Tensor:
+            return slope_by_secant(unet, teacher.process, timestep, state, branch)
+
+        slopes = {"secant in time": secant(noises), f"secant in time{OWN_PATHS}": combined(secant, unet, noises)}
         for name, source in sources.items():
-            source.bind(teacher.process, teacher.config.prediction_type)
-            predict(unet, states[i], timestep, noises)  # the call that the sources of both branches refer to
-            slope = source(states[i], predictions[i], float(timestep))
-            squares[name] += float((slope - reference).square().sum())
-        null = torch.full_like(noises.labels, unet.config.num_class_embeds - 1)
-        guided, *own = (
-            slope_by_secant(unet, teacher, float(timestep), states[i], Noises(states[i], labels, scales))
-            for labels, scales in ((noises.labels, noises.scales), (null, None), (noises.labels, None))
-        )
-        squares["secant in time"] += float((guided - reference).square().sum())
-        combined = own[0] + scale * (own[1] - own[0])
-        squares["secant in time, own paths"] += float((combined - reference).square().sum())
-    found = {name: {"slope": (value / energy) ** 0.5} for name, value in squares.items()}
-    for name, source in {"history": None, **sources}.items():
+            predict(unet, state, torch.tensor(timestep), noises)  # the call that the sources of both branches refer to
+            slopes[name] = source(state, predictions[i], float(timestep))
+        for name, slope in slopes.items():
+            squares[name] += (slope - reference).square().sum(dim=(1, 2, 3))
+    found = {name: {"slope": (square / energy).sqrt()} for name, square in squares.items()}
+    for name, source in {**sources, "history": None}.items():
         scheduler = solver_of(config, time_grid="uniform_lambda", method="taylor")
         scheduler.attach(source)
         drawn = solve(unet, scheduler, args.steps, noises)
-        found.setdefault(name, {})["pictures"] = float(relative_error(drawn, converged).mean())
+        found.setdefault(name, {})["pictures"] = relative_error(drawn, converged)
     exact.remove()
-    return {name: {what: round(value, 4) for what, value in values.items()} for name, values in found.items()}
+    return found
 
 
-def main(args: argparse.Namespace) -> None:
-    plain = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
-    unet = GenieUNet2DModel.from_unet(plain, HEAD)
+def summary(found: dict[str, dict]) -> dict[str, dict]:
+    """Means and standard errors, for own paths also of the difference from the guided path on the same noises."""
+    report: dict[str, dict] = {}
+    for name, errors in found.items():
+        report[name] = {what: estimate(values) for what, values in errors.items()}
+        guided = found.get(name.removesuffix(OWN_PATHS), {})
+        if name.endswith(OWN_PATHS):
+            differences = {what: estimate(values - guided[what]) for what, values in errors.items()}
+            report[name]["less those of the guided path"] = differences
+    return report
+
+
+def estimate(values: torch.Tensor) -> dict[str, float]:
+    error = values.std() / len(values) ** 0.5
+    return {"mean": round(float(values.mean()), 4), "standard_error": round(float(error), 4)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Slopes of guided predictions, by two ways of guiding them.")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 3.0, 7.5])
+    parser.add_argument("--noises", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10, help="Steps of the pictures.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    args = parser.parse_args(argv)
+    unet = GenieUNet2DModel.from_unet(GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float(), HEAD)
     config = GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")
     results = {}
     for scale in args.guidance_scales:
-        results[f"{scale:g}"] = measure(unet, config, scale, args)
+        results[f"{scale:g}"] = summary(measure(unet.eval(), config, scale, args))
         print(scale, json.dumps(results[f"{scale:g}"]), flush=True)
     report = {
         "command": "python benchmarks/guided_slope.py",
-        "what": "by guidance scale and source: root mean square error of dε/dλ relative to the slope of converged "
-        f"solutions, and mean relative error of pictures of {args.steps} Taylor steps; {args.noises} noises",
+        "what": "by guidance scale and source: root mean square error of dε/dλ along a converged guided solution, "
+        f"relative to that slope, and relative error of a picture of {args.steps} Taylor steps; mean and standard "
+        f"error over {args.noises} noises",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "results": results,
     }
-    (ROOT / "results" / "guided_slope.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    (args.output_dir / "guided_slope.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Slopes of guided predictions, by two ways of guiding them.")
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 3.0, 7.5])
-    parser.add_argument("--noises", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10, help="Steps of the pictures.")
-    parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    main()

@@ -33,7 +33,7 @@ from genie_diffusers.metrics import PACKAGED_CLASSIFIER, Estimate, QualityDistan
 from genie_diffusers.models.derivative_head import fingerprint
 
 sys.path.append(str(Path(__file__).parent))
-from solver_error import GGDM, OWN, PEERS, STOCHASTIC, Noises, in_batches, own, peer, run, sources_of
+from solver_error import GGDM, OWN, PEERS, STOCHASTIC, Noises, in_batches, run, scheduler_of, sources_of
 
 RESULTS = Path(__file__).parent / "results"
 DISTANCES = {"frechet_distance": "Fréchet distance", "kernel_distance": "Kernel distance"}
@@ -61,8 +61,7 @@ def sample(unet: GenieUNet2DModel, config, name: str, grid: str, calls: int, noi
     options = {"generator": torch.Generator(unet.device).manual_seed(0)} if name in STOCHASTIC else {}
 
     def one_batch(batch: Noises) -> torch.Tensor:
-        scheduler = peer(name, config, grid, calls) if name in PEERS else own(name, config, grid, calls, sources)
-        return run(unet, scheduler, batch, **options)
+        return run(unet, scheduler_of(name, config, grid, calls, sources), batch, **options)
 
     hook = unet.register_forward_pre_hook(lambda module, args: counted.append(None))
     try:

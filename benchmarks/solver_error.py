@@ -40,6 +40,7 @@ from ode_paths import (  # noqa: E402
     Noises,
     TablesAlone,
     draw,
+    draw_guided,
     in_batches,
     predict,
     relative_error,
@@ -48,7 +49,7 @@ from ode_paths import (  # noqa: E402
 
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 GGDM = Path(PACKAGED_MODEL).parent / "ggdm-cifar10-16"
-#: 0.0002 from the solution with all 1000 timesteps
+#: 0.0002 from the solution with all 1000 timesteps, 0.0004 at guidance scale 7.5
 REFERENCE_CALLS = 400
 #: the checkpoint's own timesteps, and grids that end with a call at the smallest timestep or (−) one step before it
 GRIDS = ("default", *(f"{name}{end}" for name in ("uniform_lambda", "quadratic", "karras", "linear") for end in "+-"))
@@ -67,6 +68,7 @@ PEERS: dict[str, Callable] = {
 }
 OWN = {
     "GENIE, head-free": {"method": "hermite"},
+    "GENIE order 2, head-free": {"method": "hermite", "interpolation_order": 2},
     "GENIE Taylor, head-free": {"method": "taylor"},
     "GENIE Taylor + derivative head": {"method": "taylor", "source": "derivative head"},
     "GENIE Hermite + derivative head": {"method": "hermite", "source": "derivative head"},
@@ -136,12 +138,18 @@ def own(name: str, config, grid: str, calls: int, sources: dict):
         if grid != "default":
             scheduler.register_to_config(time_grid=grid[:-1])
     else:
-        if grid != "default":
-            options |= {"time_grid": grid[:-1], "denoising_step": grid[-1] == "+"}
+        # The checkpoint's timesteps are those that the peers know of: its `time_grid` is another one of the grids.
+        of_grid = {"time_grid": grid[:-1], "denoising_step": grid[-1] == "+"}
+        options |= {"time_grid": None} if grid == "default" else of_grid
         scheduler = solver_of(config, **{"method": "hermite", **options})
     scheduler.attach(source)
     scheduler.set_timesteps(calls)
     return scheduler
+
+
+def scheduler_of(name: str, config, grid: str, calls: int, sources: dict):
+    """A scheduler of [`PEERS`] or [`OWN`], prepared for a run; `None` where it has no such run."""
+    return peer(name, config, grid, calls) if name in PEERS else own(name, config, grid, calls, sources)
 
 
 def sources_of(unet: GenieUNet2DModel) -> dict:
@@ -185,20 +193,32 @@ def errors_of(unet, make: Callable, noises: Noises, reference: torch.Tensor) -> 
     return relative_error(pictures, reference[:, int(ends_clean)]).numpy()
 
 
-def measure(results: dict, unets: dict, config, args: argparse.Namespace):
+def packaged() -> tuple[dict, dict, dict]:
+    """The packaged checkpoint with both heads: UNets and slope sources as [`OWN`] calls them, the configuration."""
+    plain = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
+    with_derivative_head = GenieUNet2DModel.from_unet(plain, HEAD)
+    unets = dict.fromkeys((None, "step head", "tables", "exact"), plain) | {"derivative head": with_derivative_head}
+    sources = sources_of(plain) | {"derivative head": with_derivative_head, "exact": ExactSlope(plain)}
+    return unets, sources, GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")
+
+
+def noises_of(unet: GenieUNet2DModel, count: int, seed: int, guidance_scale: float | None) -> Noises:
+    """`count` noises: unguided, a tenth of them of the null class, or all guided with one scale."""
+    if guidance_scale is None:
+        return draw(unet, count, seed, label_dropout=0.1)
+    return draw_guided(unet, count, seed, guidance_scale)
+
+
+def measure(results: dict, args: argparse.Namespace, guidance_scale: float | None = None):
     """By solver and model calls: the mean error, its standard error and the grid, which is chosen on other noises."""
+    unets, sources, config = packaged()
     sets = {}
     for name, count, seed in (("choice", args.choice_noises, args.seed), ("report", args.noises, args.seed + 1)):
-        noises = draw(unets["plain"], count, seed, label_dropout=0.1)
-        sets[name] = noises, converged(unets["plain"], config, noises)
-    sources = sources_of(unets["step head"]) | {
-        "derivative head": unets["derivative head"],
-        "exact": ExactSlope(unets["exact"]),
-    }
+        noises = noises_of(unets[None], count, seed, guidance_scale)
+        sets[name] = noises, converged(unets[None], config, noises)
     for name in args.solvers:
         results[name] = {}
         source = OWN.get(name, {}).get("source")
-        unet = unets.get(source, unets["plain"])
         for calls in args.calls:
             # An exact slope costs several calls; what is left of them is not more than asked for.
             steps = int(calls / args.exact_slope_cost) if source == "exact" else calls
@@ -206,19 +226,17 @@ def measure(results: dict, unets: dict, config, args: argparse.Namespace):
                 continue
 
             def make(grid: str, name=name, steps=steps):
-                if name in PEERS:
-                    return peer(name, config, grid, steps)
-                return own(name, config, grid, steps, sources)
+                return scheduler_of(name, config, grid, steps, sources)
 
             chosen = {}
             for grid in GRIDS:
-                errors = errors_of(unet, lambda grid=grid: make(grid), *sets["choice"])
+                errors = errors_of(unets[source], lambda grid=grid: make(grid), *sets["choice"])
                 if errors is not None:
                     chosen[grid] = float(errors.mean())
             if not chosen:
                 continue
             grid = min(chosen, key=chosen.__getitem__)
-            errors = errors_of(unet, lambda grid=grid: make(grid), *sets["report"])
+            errors = errors_of(unets[source], lambda grid=grid: make(grid), *sets["report"])
             results[name][str(calls)] = {
                 "error": float(errors.mean()),
                 "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5),
@@ -228,29 +246,31 @@ def measure(results: dict, unets: dict, config, args: argparse.Namespace):
             print(f"{name}, {calls} calls: {errors.mean():.4f} on {grid}", flush=True)
 
 
-def write_table(results: dict, calls: list[int], command: str, settings: dict, path: Path):
+def explanation(command: str, settings: dict) -> str:
+    return (
+        f"Written by `{command}`: mean relative error to the converged solution over {settings['noises']} noises and "
+        "its standard error, in brackets the ratio to the best peer's. Grids are chosen on "
+        f"{settings['choice_noises']} other noises."
+    )
+
+
+def table_of(results: dict, calls: list[int]) -> str:
     peers = [results[name] for name in PEERS if name in results]
     best = {n: min([row[n]["error"] for row in peers if n in row], default=np.nan) for n in map(str, calls)}
-    lines = [
-        f"Written by `{command}`: mean relative error to the converged solution over {settings['noises']} noises, "
-        f"in brackets its ratio to the best peer's. Grids are chosen on {settings['choice_noises']} other noises.",
-        "",
-        "| Model calls | " + " | ".join(map(str, calls)) + " |",
-        "|---" * (len(calls) + 1) + "|",
-    ]
+    lines = ["| Model calls | " + " | ".join(map(str, calls)) + " |", "|---" * (len(calls) + 1) + "|"]
     for name, row in results.items():
         cells = []
         for n in map(str, calls):
             cell = row.get(n)
             if cell is None:
                 cells.append("")
-            elif name in PEERS:
-                text = f"{cell['error']:.4f}"
-                cells.append(f"**{text}**" if cell["error"] == best[n] else text)
-            else:
-                cells.append(f"{cell['error']:.4f} ({cell['error'] / best[n]:.2f})")
+                continue
+            text = f"{cell['error']:.4f} ± {cell['standard_error']:.4f}"
+            if name not in PEERS:
+                text += f" ({cell['error'] / best[n]:.2f})"
+            cells.append(f"**{text}**" if name in PEERS and cell["error"] == best[n] else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 def plot(results: dict, path: Path):
@@ -277,14 +297,14 @@ def plot(results: dict, path: Path):
     figure.savefig(path, dpi=150)
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[5, 8, 10, 15, 20, 50])
+def parser_of(description: str, calls: list[int], solvers: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=calls)
     parser.add_argument(
         "--solvers",
         nargs="+",
         choices=SOLVERS,
-        default=SOLVERS,
+        default=solvers,
         metavar="NAME",
         help="Measure these; the others stay as they are in the results.",
     )
@@ -292,34 +312,41 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--choice_noises", type=int, default=16, help="Other noises, on which grids are chosen.")
     parser.add_argument("--seed", type=int, default=20260)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def begin(args: argparse.Namespace, command: str, name: str) -> dict:
+    """The report as far as it is known: errors of an earlier run stay if their settings are the same."""
+    settings = {"noises": args.noises, "choice_noises": args.choice_noises, "seed": args.seed}
     cost = json.loads((ROOT / "results" / "cost.json").read_text())
     args.exact_slope_cost = cost["packaged ddpm-cifar10-16"]["exact_slope_step_per_forward"]
-
-    plain = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
-    config = GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")
-    unets = {"plain": plain, "step head": plain, "exact": plain}
-    unets["derivative head"] = GenieUNet2DModel.from_unet(plain, HEAD)
-    settings = {"noises": args.noises, "choice_noises": args.choice_noises, "seed": args.seed}
-    # Rows that stay are of the same settings: the whole is what one run of all solvers gives.
-    command = "python benchmarks/solver_error.py"
     settings |= {"exact_slope_cost": args.exact_slope_cost, "grids": list(GRIDS)}
-    path = args.output_dir / "solver_error.json"
+    path = args.output_dir / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    known = earlier["errors"] if earlier.get("settings") == settings else {}
-    results = {name: known.get(name, {}) for name in SOLVERS}
-    measure(results, unets, config, args)
-    report = {
+    args.output_dir.mkdir(exist_ok=True)
+    return {
         "command": command,
         "settings": settings,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "errors": {name: row for name, row in results.items() if row},
+        "errors": earlier["errors"] if earlier.get("settings") == settings else {},
     }
-    args.output_dir.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    write_table(report["errors"], args.calls, command, settings, args.output_dir / "solver_error.md")
+
+
+def in_order(errors: dict) -> dict:
+    return {name: errors[name] for name in SOLVERS if errors.get(name)}
+
+
+def main(argv: list[str] | None = None):
+    args = parser_of(__doc__, [5, 8, 10, 15, 20, 50], SOLVERS).parse_args(argv)
+    # Rows that stay are of the same settings: the whole is what one run of all solvers gives.
+    report = begin(args, "python benchmarks/solver_error.py", "solver_error")
+    measure(report["errors"], args)
+    report["errors"] = in_order(report["errors"])
+    (args.output_dir / "solver_error.json").write_text(json.dumps(report, indent=2) + "\n")
+    text = explanation(report["command"], report["settings"]) + "\n\n" + table_of(report["errors"], args.calls) + "\n"
+    (args.output_dir / "solver_error.md").write_text(text)
     plot(report["errors"], args.output_dir / "solver_error.png")
-    print((args.output_dir / "solver_error.md").read_text())
+    print(text)
 
 
 if __name__ == "__main__":

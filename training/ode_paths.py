@@ -59,6 +59,13 @@ def null_labels(unet: UNet2DModel, labels: torch.Tensor) -> torch.Tensor:
     return torch.full_like(labels, unet.config.num_class_embeds - 1)
 
 
+def draw_guided(unet: UNet2DModel, count: int, seed: int, guidance_scale: float) -> Noises:
+    """Noises of `count` paths of one guidance scale, with the same labels for every scale; 1 is no guidance."""
+    noises = draw(unet, count, seed, label_dropout=0.0, max_guidance_scale=2.0)
+    noises.scales = None if guidance_scale == 1.0 else torch.full((count,), guidance_scale)
+    return noises
+
+
 def predict(unet: GenieUNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, noises: Noises) -> torch.Tensor:
     """The model's output, guided where the paths are."""
     if noises.scales is None:
