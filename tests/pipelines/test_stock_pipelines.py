@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionControlNetPipeline,
+    StableDiffusionDiffEditPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
@@ -30,6 +32,7 @@ from safetensors.torch import load_file
 import genie_diffusers
 from genie_diffusers import (
     ExactSlope,
+    GenieInverseScheduler,
     GeniePipeline,
     GenieScheduler,
     GenieStableDiffusionPipeline,
@@ -438,6 +441,29 @@ def test_inpainting_keeps_the_known_half_exactly(stable_diffusion, source, stren
         known = pipe.vae.encode(image).latent_dist.sample(seeded()) * pipe.vae.config.scaling_factor
     torch.testing.assert_close(latents[..., 4:], known[..., 4:], rtol=0, atol=1e-6)
     assert (latents[..., :4] - known[..., :4]).abs().min() > 1e-4
+
+
+def test_diffedit_inverts_with_ours_as_it_does_with_ddim_and_in_fewer_steps(make_stable_diffusion):
+    components = make_stable_diffusion().components
+    components.pop("image_encoder")
+    config = components["scheduler"].config
+    pipe = StableDiffusionDiffEditPipeline(**components, inverse_scheduler=DDIMInverseScheduler.from_config(config))
+    pipe.set_progress_bar_config(disable=True)
+
+    options = {"image": picture(1), "inpaint_strength": 0.8, "guidance_scale": 1.0}
+
+    def invert(cls, steps: int) -> torch.Tensor:
+        pipe.inverse_scheduler = cls.from_config(config, timestep_spacing="trailing")
+        inverted = pipe.invert("a cat", num_inference_steps=steps, generator=seeded(), **options)
+        assert inverted.latents.shape[1] == round(0.8 * steps), "it stops half-way"
+        return inverted.latents[0, 0]
+
+    reference = invert(GenieInverseScheduler, 500)
+    ours, theirs = (
+        float((invert(cls, 100) - reference).norm()) for cls in (GenieInverseScheduler, DDIMInverseScheduler)
+    )
+    assert ours < 0.75 * theirs
+    assert (invert(DDIMInverseScheduler, 500) - reference).norm() < 0.5 * theirs
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
