@@ -46,7 +46,8 @@ class LinearDiffusionScheduler(TableScheduler):
         num_train_timesteps (`int`, defaults to 1000):
             N; models are called with t = (N − 1)·τ.
         time_grid (`str`, defaults to `"quadratic"`):
-            `"quadratic"` (even in √t, the paper's), `"linear"`, `"uniform_lambda"`, `"karras"` or `"beta"`.
+            `"quadratic"` (even in √t, the paper's), `"linear"`, `"uniform_lambda"`, `"power_lambda"`,
+            `"karras"` or `"beta"`.
         final_sigmas_type (`str`, defaults to `"zero"`):
             Where sampling ends: `"zero"`, clean data (the last model call is the final denoising step), or
             `"sigma_min"`, the smallest time of the process.

@@ -62,7 +62,8 @@ class QuasiTaylorScheduler(TableScheduler):
             Where sampling ends: `"zero"`, clean data, or `"sigma_min"`, the smallest noise level of the process.
         time_grid (`str`, *optional*):
             A grid between both ends of the process: `"linear"` (even in t), `"quadratic"` (even in √t),
-            `"uniform_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what the keys above say.
+            `"uniform_lambda"`, `"power_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None` is what
+            the keys above say.
         method (`str`, defaults to `"ode"`):
             `"ode"`, deterministic, or `"sde"`, with fresh noise in every step but the last.
         taylor_order (`int`, defaults to 2):

@@ -8,7 +8,7 @@ from ..processes import VariancePreserving
 #: diffusers' own spacings of integer timesteps (Lin et al., 2023, Table 2)
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 #: grids that reach both ends of the process
-NOISE_LEVEL_GRIDS = ("uniform_lambda", "karras", "beta")
+NOISE_LEVEL_GRIDS = ("uniform_lambda", "power_lambda", "karras", "beta")
 TIME_GRIDS = ("linear", "quadratic", *NOISE_LEVEL_GRIDS)
 
 
@@ -22,6 +22,7 @@ def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.nda
             - `"linear"`: t (GENIE, linear striding);
             - `"quadratic"`: √t (GENIE, quadratic striding);
             - `"uniform_lambda"`: λ = log(α/σ) (Lu et al., 2022), which diffusers also calls exponential sigmas;
+            - `"power_lambda"`: (λ − λ_T)^{2/3}, with short steps near the noise, where multistep solvers know little yet;
             - `"karras"`: γ^{1/7}, γ = σ/α (Karras et al., 2022, Eq. 5);
             - `"beta"`: γ at the quantiles of Beta(0.6, 0.6) between its ends (Lee et al., 2024).
         num_points (`int`): At least 1; a single point is the noisiest one.
@@ -36,7 +37,9 @@ def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.nda
     if name == "quadratic":
         return (np.sqrt(first) + ramp * (np.sqrt(last) - np.sqrt(first))) ** 2
     gamma_max, gamma_min = process.gamma(first), process.gamma(last)
-    if name == "uniform_lambda":
+    if name in ("uniform_lambda", "power_lambda"):
+        if name == "power_lambda":
+            ramp = ramp**1.5
         log_gamma = np.log(gamma_max) + ramp * (np.log(gamma_min) - np.log(gamma_max))
     elif name == "karras":
         rho = 7.0
