@@ -86,8 +86,8 @@ class GenieScheduler(TableScheduler):
             step jumps from the last but one straight to clean data: a shorter step everywhere else.
         time_grid (`str`, *optional*):
             A grid between both ends of the process: `"quadratic"` (even in √t) and `"linear"` (even in t), the two of
-            the paper, `"uniform_lambda"`, `"power_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings. `None`
-            is what the keys above say.
+            the paper, `"uniform_lambda"`, `"power_lambda"`, `"karras"`, `"beta"`, or one of diffusers' spacings.
+            `None` is what the keys above say.
         method (`str`, defaults to `"hermite"`):
             The solver: `"hermite"` or `"taylor"`.
         flow_shift (`float`, defaults to 1.0):

@@ -22,7 +22,7 @@ def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.nda
             - `"linear"`: t (GENIE, linear striding);
             - `"quadratic"`: √t (GENIE, quadratic striding);
             - `"uniform_lambda"`: λ = log(α/σ) (Lu et al., 2022), which diffusers also calls exponential sigmas;
-            - `"power_lambda"`: (λ − λ_T)^{2/3}, with short steps near the noise, where multistep solvers know little yet;
+            - `"power_lambda"`: (λ − λ_T)^{2/3}, short steps near the noise, where multistep solvers know little yet;
             - `"karras"`: γ^{1/7}, γ = σ/α (Karras et al., 2022, Eq. 5);
             - `"beta"`: γ at the quantiles of Beta(0.6, 0.6) between its ends (Lee et al., 2024).
         num_points (`int`): At least 1; a single point is the noisiest one.
