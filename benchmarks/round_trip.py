@@ -152,7 +152,7 @@ def table_of(results: dict, calls: list[int]) -> str:
     for name, row in results.items():
         cells = []
         for n in map(str, calls):
-            text = f"{row[n]['error']:.4f} ± {row[n]['standard_error']:.4f}"
+            text = f"{row[n]['error']:.5f} ± {row[n]['standard_error']:.5f}"
             cells.append(text if name in PEERS else f"{text} ({row[n]['error'] / best[n]:.2f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
