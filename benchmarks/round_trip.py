@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     results = measure(args)
-    command = "python benchmarks/round_trip.py"
+    command = "python benchmarks/round_trip.py --dataset_name path/or/hub-id/of/cifar10"
     report = {
         "command": command,
         "what": "mean relative error of pictures after encoding and decoding, by pair and model calls each way",

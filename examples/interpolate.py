@@ -23,8 +23,10 @@ ENCODER = Path(PACKAGED_MODEL).parent / "genie-inverse-cifar10-16"
 
 def slerp(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Points on the great circle from `first` to `second`, whose length is between theirs."""
-    angle = torch.arccos(torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0))
+    angle = torch.arccos(torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).clamp(-1, 1))
     shares = shares.reshape(-1, *(1,) * first.ndim)
+    if angle < 1e-3:
+        return torch.lerp(first[None], second[None], shares)
     return (torch.sin((1 - shares) * angle) * first + torch.sin(shares * angle) * second) / torch.sin(angle)
 
 

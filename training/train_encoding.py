@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from genie_diffusers import GenieInverseScheduler, GenieScheduler, GenieUNet2DModel
+from genie_diffusers import GenieInverseScheduler, GenieScheduler, GenieUNet2DModel, VariancePreserving
 from genie_diffusers.model_card import create_model_card
 from genie_diffusers.schedulers.scheduling_ggdm import as_table
 from learned_tables import LearnedTable, mean_products, sample_by
@@ -43,6 +43,9 @@ logger = get_logger(__name__)
 
 #: what a round trip is closest with, see `GenieInverseScheduler`
 OPTIONS = {"time_grid": "uniform_lambda", "final_sigmas_type": "sigma_min", "analytical_first_step": True}
+
+#: what else a decoder follows from
+DECODER_OPTIONS = ("method", "interpolation_order", "prediction_type", "clip_sample", "thresholding")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,6 +97,7 @@ class RoundTrip:
         self.encoder = LearnedTable(tables[0], encoder.process, ["history"]).to(device)
         self.decoder = LearnedTable(tables[1], decoder.process, []).requires_grad_(False).to(device)
         self.sigmas, self.noise_stds = encoder.sigmas, encoder.noise_stds[1:]
+        self.options = {name: encoder.config[name] for name in DECODER_OPTIONS}
         self.noise_scale = decoder.init_noise_sigma
 
     def __call__(self, unet: GenieUNet2DModel, pictures: Noises, rematerialise: bool = True) -> torch.Tensor:
@@ -114,7 +118,7 @@ class RoundTrip:
         """The entry of the configuration key `encoding`."""
         table = self.encoder.as_table()
         rows = [[*table["sample"][i], *table["prediction"][i]] for i in range(len(self.encoder))]
-        return {"sigmas": self.sigmas.tolist(), "weights": rows}
+        return {"sigmas": self.sigmas.tolist(), "options": self.options, "weights": rows}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -132,8 +136,12 @@ def main(args: argparse.Namespace) -> None:
             f"{args.validation_samples} and {args.num_inference_steps}."
         )
     solver = solver_of(GenieScheduler.load_config(name, subfolder="scheduler"))
-    origin = {} if args.origin is None else GenieInverseScheduler.load_config(args.origin)["encoding"]
+    origin = {} if args.origin is None else GenieInverseScheduler.load_config(args.origin).get("encoding") or {}
     encoder = GenieInverseScheduler.from_config(solver.config, **OPTIONS, encoding=origin)
+    if not isinstance(encoder.process, VariancePreserving):
+        raise ValueError("`--pretrained_model_name_or_path` must be a variance-preserving model, not one of flows.")
+    if args.resolution not in (None, unet.config.sample_size):
+        raise ValueError(f"`--resolution` must be the model's {unet.config.sample_size}, got {args.resolution}.")
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     with accelerator.main_process_first():
         pictures = load_pictures(
@@ -151,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
             f"`--validation_samples` must leave some of the {len(pictures)} pictures, got {args.validation_samples}."
         )
     if classes is not None:
-        check_labels(pictures.unique("label"), classes)
+        check_labels(pictures.unique("label"), classes - null)
     pictures = pictures.shuffle(seed=args.seed)
     null_class = None if classes is None else classes - 1
 
@@ -183,13 +191,13 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"{steps} model calls each way: relative error {before[steps]:.5f}")
 
     parameters = [parameter for trip in trips.values() for parameter in trip.encoder.parameters()]
-    optimizer = adamw(args, parameters)
+    optimizer = accelerator.prepare(adamw(args, parameters))
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     ema = EMAModel(parameters, decay=args.ema_max_decay)
     # The rows are not prepared: their gradients are averaged by hand, and each is used every few steps only.
-    accelerator.register_for_checkpointing(*(trip.encoder for trip in trips.values()), optimizer, lr_scheduler, ema)
+    accelerator.register_for_checkpointing(*(trip.encoder for trip in trips.values()), lr_scheduler, ema)
     first_step = load_checkpoint(accelerator, args)
     ema.to(device)
     log = RunLog(accelerator, args, first_step)

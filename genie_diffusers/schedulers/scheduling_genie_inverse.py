@@ -17,8 +17,8 @@ class GenieInverseScheduler(GenieScheduler):
 
     It visits the points of a [`GenieScheduler`] of the same configuration and source backwards. That one calls the
     model at t_0 > … > t_{N−1} and ends at clean data; this one starts at clean data, where it calls the model with its
-    smallest timestep, then at t_{N−1}, …, t_1, and arrives at t_0: as many calls for as many steps. Pipelines run it
-    like any other scheduler, with the data as their `latents`:
+    smallest timestep, then at t_{N−1}, …, t_1, and arrives at t_0: as many calls for as many steps. Pipelines
+    that take `latents` run it like any other scheduler, with the data in their place:
 
     ```py
     pipe.scheduler = GenieInverseScheduler.from_config(decoder.config)
@@ -26,15 +26,15 @@ class GenieInverseScheduler(GenieScheduler):
     pipe.scheduler = decoder
     ```
 
-    In x̄ = x/α and γ = σ/α the ODE is dx̄/dγ = ε. The step from clean data is x̄_1 = x_0 + γ_1 ε_0. Once the model has
-    been called at its end, ε_1 takes the place of ε_0, since x_0 = x̄_1 − γ_1 ε_1 is what the last step of the decoder
-    does; the prediction on clean data, for which no model was trained, is not used again. From there on
+    In x̄ = x/α and γ = σ/α the ODE is dx̄/dγ = ε. The step from clean data is x̄_1 = x_0 + γ_1 ε_0, with a prediction on
+    clean data, for which no model was trained; a single call, which has no other, therefore encodes badly.
 
     - `method="hermite"` interpolates ε as a function of λ through everything known of it, values and slopes
       (`interpolation_order` conditions), and integrates that exactly, x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ. The step is
-      corrected at no further call with the cubic through values and slopes at both ends, or without slopes with the
+      corrected at no further call, that from clean data with x_0 = x̄_1 − γ_1 ε_1, the last step of the decoder, others
+      with the cubic through values and slopes at both ends, or without slopes with the
       parabola through both ends and the point before. Towards noise ε is what changes little, as x_0 does towards
-      data;
+      data, so orders are lowered only in steps of 1.5 or more where λ < −2.5;
     - `method="taylor"` takes the steps of GENIE's second truncated Taylor method, with γ growing.
 
     Where `encoding` has rows for the number of model calls, and nothing is attached, these are followed instead. They
@@ -49,7 +49,8 @@ class GenieInverseScheduler(GenieScheduler):
     Args:
         encoding (`dict`, *optional*):
             For each number of model calls, as a string: `"sigmas"`, the noise levels γ from data to noise that it was
-            learned for, and `"weights"`, a list for each step of the weights of x_n, ε_n, ε_{n−1}, … back to ε_0.
+            learned for, `"options"`, what else of the configuration it was learned for, and `"weights"`, a list for
+            each step of the weights of x_n, ε_n, ε_{n−1}, … back to ε_0.
         others: Those of [`GenieScheduler`].
     """
 
@@ -93,27 +94,31 @@ class GenieInverseScheduler(GenieScheduler):
 
     @property
     def _follows_table(self) -> bool:
-        return self._slope_source is None and self._built_for == 0 and str(len(self.lambdas) - 1) in self._encoding
+        return self._encoding is not None
 
-    @property
-    def _encoding(self) -> dict[str, dict[str, Any]]:
-        return self.config.encoding or {}
+    def _build(self, begin: int):
+        learned = (self.config.encoding or {}).get(str(len(self.lambdas) - 1))
+        self._encoding: Any = learned if begin == 0 and self._slope_source is None else None
+        if self._encoding is not None:
+            self._check_encoding(self._encoding)
+        super()._build(begin)
+
+    def _check_encoding(self, learned: dict[str, Any]):
+        """Raise a `ValueError` if these rows are for other points, or for another decoder."""
+        sigmas, count = self.sigmas.numpy(), len(self.lambdas) - 1
+        others = {key: value for key, value in learned.get("options", {}).items() if self.config[key] != value}
+        fits = len(learned["sigmas"]) == count + 1 and np.allclose(learned["sigmas"], sigmas, rtol=1e-4)
+        if others or not fits or len(learned["weights"]) != count:
+            raise ValueError(
+                f"`encoding` was learned for {len(learned['weights'])} model calls at the noise levels "
+                f"{learned['sigmas']} with {learned.get('options', {})}; this run has {count} calls at "
+                f"{sigmas.tolist()} with { {key: self.config[key] for key in others} }. Keep the configuration that "
+                "it was learned for, or set `encoding=None`."
+            )
 
     def _route(self, timesteps, alphas, noise_stds):
         # The analytical first step scales the noise that a decoder is given.
         self._noise_scale, self.init_noise_sigma = self.init_noise_sigma, 1.0
-        learned = self._encoding.get(str(len(timesteps)))
-        sigmas = (noise_stds / alphas)[::-1]
-        if (
-            learned is not None
-            and self._slope_source is None
-            and not np.allclose(learned["sigmas"], sigmas, rtol=1e-4)
-        ):
-            raise ValueError(
-                f"`encoding` was learned for {len(timesteps)} model calls at the noise levels {learned['sigmas']}, "
-                f"this run visits {sigmas.tolist()}. Keep the configuration that it was learned for, or set "
-                "`encoding=None`."
-            )
         timesteps = np.append(timesteps, self.process.timestep_min)
         return timesteps[:0:-1], alphas[::-1], noise_stds[::-1]
 
@@ -152,6 +157,9 @@ class GenieInverseScheduler(GenieScheduler):
             if self.noise_stds[point] > 0 and (point == newest or self.lambdas[point] > self.lambdas[point + 1])
         ]
 
+    def _is_long(self, index: int) -> bool:
+        return False  # ε bears long steps, other than x_0: only `_order` limits them
+
     def _order(self, index: int) -> int:
         step = self.lambdas[index] - self.lambdas[index + 1]
         very_long = self.lambdas[index + 1] < NEARLY_NOISE and step >= VERY_LONG_STEP
@@ -169,5 +177,5 @@ class GenieInverseScheduler(GenieScheduler):
         return [(condition, float(weight)) for condition, weight in zip(conditions, weights, strict=True)]
 
     def _learned_row(self, index: int) -> Row:
-        of_sample, *of_predictions = self._encoding[str(len(self.lambdas) - 1)]["weights"][index]
+        of_sample, *of_predictions = self._encoding["weights"][index]
         return {("sample", 0): of_sample} | {("prediction", lag): weight for lag, weight in enumerate(of_predictions)}

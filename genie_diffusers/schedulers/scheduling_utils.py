@@ -520,8 +520,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
         history_slope = None
-        if self._previous_noise is not None and np.isfinite(self.lambdas[index - 1]):
-            history_slope = (noise - self._previous_noise) / float(self.lambdas[index] - self.lambdas[index - 1])
+        if self._previous_noise is not None:
+            step = float(self.lambdas[index] - self.lambdas[index - 1])
+            # neither from clean data nor at a point that is visited twice
+            if step != 0 and np.isfinite(step):
+                history_slope = (noise - self._previous_noise) / step
         slope = self._slope_source(
             sample,
             noise,

@@ -161,6 +161,33 @@ def test_learned_rows_are_for_their_own_points(solver):
         encoder.set_timesteps(6)
 
 
+def test_learned_rows_are_checked_when_a_source_is_detached(solver, slope_source):
+    encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6), time_grid="quadratic")
+    encoder.attach(slope_source(encoder))
+    encoder.set_timesteps(6)
+    with pytest.raises(ValueError, match="`encoding` was learned"):
+        encoder.attach(None)
+
+
+def test_learned_rows_are_for_their_own_decoder():
+    encoder = GenieInverseScheduler.from_pretrained(ENCODER, interpolation_order=2)
+    with pytest.raises(ValueError, match=r"`encoding` was learned.*interpolation_order"):
+        encoder.set_timesteps(10)
+
+
+def test_a_point_visited_twice_has_no_slope_of_the_history(solver, slope_source, mixture, noise):
+    source = slope_source(solver)
+    solver.attach(source)
+    solver.set_timesteps(timesteps=[900, 500, 100, 0])
+    data = noise(4, 2)
+    for index, timestep in enumerate(solver.timesteps):
+        alpha, sigma = solver._levels(index)
+        data = solver.step(mixture.noise_prediction(data, alpha, sigma), timestep, data).prev_sample
+    histories = [call["history_slope"] for call in source.calls]
+    assert histories[1] is None
+    assert all(torch.isfinite(history).all() for history in histories[2:])
+
+
 def test_a_decoder_takes_all_of_the_configuration_but_the_rows(solver, caplog):
     encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6))
     decoder = GenieScheduler.from_config(encoder.config)
