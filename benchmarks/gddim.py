@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 
 from genie_diffusers import CriticallyDampedLangevin, GDDIMPipeline, GDDIMScheduler, GeniePipeline
+from genie_diffusers.core.solvers.gddim import square_root
+from genie_diffusers.core.time_grids import time_grid
 from genie_diffusers.metrics import QualityDistance
-from genie_diffusers.schedulers.scheduling_gddim import square_root
-from genie_diffusers.schedulers.time_grids import time_grid
 from quality import from_json, number, to_json, write_json
 
 RESULTS = Path(__file__).parent / "results"

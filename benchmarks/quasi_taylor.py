@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import GeniePipeline, GenieScheduler, QuasiTaylorScheduler
 from genie_diffusers.cli import PACKAGED_MODEL
-from genie_diffusers.schedulers.ideal_derivatives import limit_weights
+from genie_diffusers.core.solvers.quasi_taylor import limit_weights
 
 RESULTS = Path(__file__).parent / "results"
 CALLS = (5, 10, 20, 50, 100)
@@ -34,9 +34,9 @@ ORDERS = (1, 2, 3)
 class Limit(QuasiTaylorScheduler):
     """DDIM (`method="ode"`) and the DDPM posterior (`"sde"`) on any time grid."""
 
-    def row(self, index: int, known: int):
-        levels = [values[index + end] for end in (0, 1) for values in (self.alphas, self.noise_stds)]
-        weights = limit_weights(self.config.method, *levels)._asdict()
+    def row(self, levels, index: int, known: int):
+        ends = [values[index + end] for end in (0, 1) for values in (levels.alphas, levels.sigmas)]
+        weights = limit_weights(self.config.method, *ends)._asdict()
         return {(name, 0): float(weight) for name, weight in weights.items()}
 
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, GGDMScheduler, QuasiTaylorScheduler
 from genie_diffusers.cli import PACKAGED_MODEL
-from genie_diffusers.schedulers.time_grids import distinct_integers, time_grid
+from genie_diffusers.core.time_grids import distinct_integers, time_grid
 
 ROOT = Path(__file__).parent
 sys.path.append(str(ROOT.parent / "training"))

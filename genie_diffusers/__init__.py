@@ -6,6 +6,7 @@ are loaded by their own `from_pretrained`.
 
 from typing import TYPE_CHECKING
 
+from .core import Levels, Table
 from .models import (
     DerivativeHead,
     DSNOUNet2DModel,
@@ -18,6 +19,8 @@ from .models import (
 from .pipelines import DSNOPipeline, GDDIMPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, RectifiedFlow, VariancePreserving
 from .schedulers import (
+    ERSDEScheduler,
+    GaussianDiffusionScheduler,
     GDDIMBlurringScheduler,
     GDDIMCLDScheduler,
     GDDIMScheduler,
@@ -26,6 +29,8 @@ from .schedulers import (
     GGDMScheduler,
     LinearDiffusionScheduler,
     QuasiTaylorScheduler,
+    RESScheduler,
+    TableScheduler,
 )
 
 if TYPE_CHECKING:
@@ -42,12 +47,14 @@ __all__ = [
     "DSNOPipeline",
     "DSNOUNet2DModel",
     "DerivativeHead",
+    "ERSDEScheduler",
     "ExactSlope",
     "GDDIMBlurringScheduler",
     "GDDIMCLDScheduler",
     "GDDIMPipeline",
     "GDDIMScheduler",
     "GGDMScheduler",
+    "GaussianDiffusionScheduler",
     "GenieInverseScheduler",
     "GeniePipeline",
     "GenieScheduler",
@@ -56,11 +63,15 @@ __all__ = [
     "GenieUNet2DConditionModel",
     "GenieUNet2DModel",
     "ImageClassifier",
+    "Levels",
     "LinearDiffusion",
     "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",
+    "RESScheduler",
     "RectifiedFlow",
     "StepHead",
+    "Table",
+    "TableScheduler",
     "VariancePreserving",
 ]
 

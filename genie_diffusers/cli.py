@@ -24,8 +24,8 @@ from . import (
     StepHead,
     VariancePreserving,
 )
-from .schedulers.scheduling_utils import SIGMA_GRIDS
-from .schedulers.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from .core.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from .schedulers.scheduling_gaussian_diffusion import SIGMA_GRIDS
 
 INSTALL = "pip install 'genie-diffusers[cli]'"
 try:

@@ -26,10 +26,10 @@ from tqdm.auto import tqdm
 
 import genie_diffusers
 from genie_diffusers import GenieScheduler, GenieUNet2DModel, VariancePreserving
+from genie_diffusers.core.interpolation import interpolation_weights
+from genie_diffusers.core.time_grids import TIME_GRIDS, time_grid
 from genie_diffusers.models.derivative_head import fingerprint
 from genie_diffusers.models.exact_slope import to_noise_prediction
-from genie_diffusers.schedulers.interpolation import interpolation_weights
-from genie_diffusers.schedulers.time_grids import TIME_GRIDS, time_grid
 from ode_paths import Noises, predict
 
 logger = get_logger(__name__)

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from generate_trajectories import Teacher, TrajectoryStream, add_teacher_arguments
 from genie_diffusers import DSNOPipeline, DSNOUNet2DModel, ImageClassifier, VariancePreserving
+from genie_diffusers.core.time_grids import distinct_integers
 from genie_diffusers.metrics import PACKAGED_CLASSIFIER
 from genie_diffusers.model_card import create_model_card
 from genie_diffusers.models.derivative_head import fingerprint
-from genie_diffusers.schedulers.time_grids import distinct_integers
 from ode_paths import Noises, in_batches, predict, relative_error
 from training_utils import (
     RunLog,

@@ -10,8 +10,8 @@ from diffusers import UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here when a pipeline is loaded)
 from diffusers.utils import BaseOutput
 
+from ..core.time_grids import time_grid as spaced
 from ..processes import VariancePreserving
-from ..schedulers.time_grids import time_grid as spaced
 
 
 @dataclass

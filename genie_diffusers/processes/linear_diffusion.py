@@ -101,6 +101,10 @@ class LinearDiffusion:
         values = np.moveaxis(self._solution(timesteps.ravel()), 0, -1)
         return np.moveaxis(values.reshape(*timesteps.shape, 3, *self.weight_shape), timesteps.ndim, 0)
 
+    def inside(self, timesteps) -> np.ndarray:
+        """The same `timesteps`, moved to where F and G describe the path, if it is cut short at its noisy end."""
+        return np.asarray(timesteps, dtype=np.float64)
+
     # --- the noise level of the pictures ---------------------------------------------------------------------------
 
     def alpha(self, timesteps) -> np.ndarray:

@@ -53,6 +53,28 @@ class RectifiedFlow(LinearDiffusion):
         sigma = self._share(timesteps)
         return self._time_scale * shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
+    def inside(self, timesteps) -> np.ndarray:
+        return np.minimum(np.asarray(timesteps, dtype=np.float64), self._time_scale * (1.0 - NOISIEST_ALPHA))
+
+    def beta(self, timesteps, derivative: int = 0) -> np.ndarray:
+        """
+        β_t = −d log ᾱ/dt, or its first or second derivative in t, of the variance-preserving path x/√(α² + σ²).
+
+        Args:
+            timesteps: Real timesteps.
+            derivative (`int`, defaults to 0): 0, 1 or 2.
+        """
+        # log ᾱ = 2 log(1 − σ) − log n with n = (1 − σ)² + σ²
+        sigma = self.sigma(timesteps)
+        alpha, n, n_dot = 1.0 - sigma, (1.0 - sigma) ** 2 + sigma**2, 4.0 * sigma - 2.0
+        curvature = 4.0 * n - n_dot**2
+        values = (
+            2.0 / alpha + n_dot / n,
+            2.0 / alpha**2 + curvature / n**2,
+            4.0 / alpha**3 - 4.0 * n_dot / n**2 - 2.0 * n_dot * curvature / n**3,
+        )
+        return values[derivative] / self._time_scale ** (derivative + 1)
+
     def drift(self, timesteps) -> np.ndarray:
         return -1.0 / (self._time_scale * self.mean(timesteps))
 

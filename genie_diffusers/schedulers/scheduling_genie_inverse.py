@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (see scheduling_utils)
 
-from .interpolation import exponential_moments, interpolation_weights
-from .scheduling_genie import NEARLY_NOISE, VERY_LONG_STEP, GenieScheduler
-from .scheduling_utils import Row, TableScheduler
+from ..core.solvers.hermite_inverse import hermite_inverse, hermite_inverse_correction
+from ..core.solvers.taylor import taylor
+from ..core.table import Levels, Row, Table
+from .scheduling_genie import GenieScheduler
 
 
 class GenieInverseScheduler(GenieScheduler):
@@ -37,7 +37,7 @@ class GenieInverseScheduler(GenieScheduler):
       data, so orders are lowered only in steps of 1.5 or more where λ < −2.5;
     - `method="taylor"` takes the steps of GENIE's second truncated Taylor method, with γ growing.
 
-    Where `encoding` has rows for the number of model calls, and nothing is attached, these are followed instead. They
+    Where `tables` has rows for the number of model calls, and nothing is attached, these are followed instead. They
     were learned (`training/train_encoding.py`) so that `GenieScheduler.from_config(encoder.config)` finds back to the
     data. With a [`StepHead`] the points are those of its tables.
 
@@ -47,135 +47,76 @@ class GenieInverseScheduler(GenieScheduler):
     last step here; on `time_grid="uniform_lambda"`, which has short steps near the data.
 
     Args:
-        encoding (`dict`, *optional*):
-            For each number of model calls, as a string: `"sigmas"`, the noise levels γ from data to noise that it was
-            learned for, `"options"`, what else of the configuration it was learned for, and `"weights"`, a list for
-            each step of the weights of x_n, ε_n, ε_{n−1}, … back to ε_0.
-        others: Those of [`GenieScheduler`].
+        tables (`dict`, *optional*):
+            As in [`TableScheduler`]. `"learned_for"` of an entry holds what else of the configuration it was learned
+            for.
+
+    All other arguments are those of [`GenieScheduler`].
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        continuous: bool = False,
-        prediction_type: str = "epsilon",
-        variance_type: str | None = None,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        final_sigmas_type: str = "zero",
-        time_grid: str | None = None,
-        denoising_step: bool = False,
-        method: str = "hermite",
-        flow_shift: float = 1.0,
-        interpolation_order: int = 3,
-        analytical_first_step: bool = False,
-        encoding: dict[str, dict[str, Any]] | None = None,
-    ):
-        TableScheduler.__init__(self)  # that of GenieScheduler would register its own defaults
+    encodes = True
 
-    @property
-    def data_form(self) -> bool:
-        return False
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # the key that earlier versions wrote
+        if "encoding" in kwargs:
+            kwargs["tables"] = kwargs.pop("encoding")
+        config_dict = dict(config_dict)
+        encoding = config_dict.pop("encoding", None)
+        if encoding is not None:
+            config_dict["tables"] = encoding
+        return super().extract_init_dict(config_dict, **kwargs)
 
-    @property
-    def _follows_table(self) -> bool:
-        return self._encoding is not None
+    def learned_table(self, num_inference_steps: int) -> Table | None:
+        """That of an attached [`StepHead`], whose points are visited backwards."""
+        entry = (getattr(self._slope_source, "tables", None) or {}).get(str(num_inference_steps))
+        return None if entry is None else Table.from_dict(entry, self.process, num_inference_steps)
 
-    def _build(self, begin: int):
-        learned = (self.config.encoding or {}).get(str(len(self.lambdas) - 1))
-        self._encoding: Any = learned if begin == 0 and self._slope_source is None else None
-        if self._encoding is not None:
-            self._check_encoding(self._encoding)
-        super()._build(begin)
-
-    def _check_encoding(self, learned: dict[str, Any]):
-        """Raise a `ValueError` if these rows are for other points, or for another decoder."""
-        sigmas, count = self.sigmas.numpy(), len(self.lambdas) - 1
-        others = {key: value for key, value in learned.get("options", {}).items() if self.config[key] != value}
-        fits = len(learned["sigmas"]) == count + 1 and np.allclose(learned["sigmas"], sigmas, rtol=1e-4)
-        if others or not fits or len(learned["weights"]) != count:
-            raise ValueError(
-                f"`encoding` was learned for {len(learned['weights'])} model calls at the noise levels "
-                f"{learned['sigmas']} with {learned.get('options', {})}; this run has {count} calls at "
-                f"{sigmas.tolist()} with { {key: self.config[key] for key in others} }. Keep the configuration that "
-                "it was learned for, or set `encoding=None`."
-            )
-
-    def _route(self, timesteps, alphas, noise_stds):
+    def _levels_for(self, num_inference_steps, timesteps, sigmas) -> Levels:
+        levels = super()._levels_for(num_inference_steps, timesteps, sigmas)
         # The analytical first step scales the noise that a decoder is given.
         self._noise_scale, self.init_noise_sigma = self.init_noise_sigma, 1.0
-        timesteps = np.append(timesteps, self.process.timestep_min)
-        return timesteps[:0:-1], alphas[::-1], noise_stds[::-1]
+        visited = np.append(levels.timesteps, self.process.timestep_min)[:0:-1]
+        return Levels(visited, levels.alphas[::-1], levels.sigmas[::-1], levels.path)
 
-    def _levels(self, index: int) -> tuple[float, float]:
-        if self.noise_stds[index] > 0:
-            return super()._levels(index)
-        process = self.process
-        return float(process.alpha(process.timestep_min)), float(process.sigma(process.timestep_min))
+    def _build(self, begin: int):
+        entry = (self.config.get("tables") or {}).get(str(len(self.levels)))
+        self._learned = None
+        if entry is not None and begin == 0 and self._slope_source is None:
+            self._learned = self._checked(Table.from_dict(entry, self.process, len(self.levels)))
+        super()._build(begin)
 
-    def row(self, index: int, known: int) -> Row:
-        if self._follows_table:
-            return self._learned_row(index)
-        if self.config.method == "taylor":
-            row = self._taylor_row(index, known)
+    def _checked(self, learned: Table) -> Table:
+        """Raise a `ValueError` if these rows are for other points, or for another decoder."""
+        gammas = np.asarray(learned.sigmas) / np.asarray(learned.alphas)
+        options = learned.learned_for or {}
+        others = {key: value for key, value in options.items() if self.config.get(key) != value}
+        if others or not np.allclose(gammas, self.levels.gammas, rtol=1e-4):
+            raise ValueError(
+                f"`tables` was learned for {len(learned)} model calls at the noise levels {gammas.tolist()} with "
+                f"{dict(options)}; this run has {len(self.levels)} calls at {self.sigmas.tolist()} with "
+                f"{ {key: self.config.get(key) for key in others} }. Keep the configuration that it was learned for, "
+                "or set `tables=None`."
+            )
+        return learned
+
+    def _model_levels(self) -> tuple[Any, Any]:
+        # Clean data are said to be at the smallest timestep.
+        path, alphas, sigmas = self.process, self.alphas[:-1].copy(), self.noise_stds[:-1].copy()
+        clean = sigmas == 0
+        alphas[clean], sigmas[clean] = path.alpha(path.timestep_min), path.sigma(path.timestep_min)
+        return alphas, sigmas
+
+    def row(self, levels: Levels, index: int, known: int) -> Row:
+        if self.config["method"] == "taylor":
+            row = taylor(levels, index, known, slopes=self._has_slopes)
         else:
-            row = {("sample", 0): float(self.alphas[index + 1] / self.alphas[index])}
-            kinds = ("prediction", "slope") if self._has_slopes else ("prediction",)
-            points = range(index, index - known, -1)
-            conditions = self._usable([(what, point) for point in points for what in kinds])[: self._order(index)]
-            conditions = conditions or [("prediction", index)]  # that of clean data, where there is no other
-            row |= {(what, index - point): weight for (what, point), weight in self._integral(index, conditions)}
-        scale = self._noise_scale if index + 2 == len(self.alphas) else 1.0
-        return {column: weight / scale for column, weight in row.items()}
+            order = self.config["interpolation_order"]
+            row = hermite_inverse(levels, index, known, order, slopes=self._has_slopes)
+        scale = self._noise_scale if index + 1 == len(levels) else 1.0
+        return {term: weight / scale for term, weight in row.items()}
 
-    def _known_around(self, start: int, known: int) -> list[tuple[str, int]]:
-        if self.noise_stds[start] == 0:
-            return [("prediction", start + 1)]  # x_0 = x̄_1 − γ_1 ε_1
-        return self._usable(super()._known_around(start, known))
-
-    def _usable(self, conditions: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Without those at clean data, and at a point that is visited again at once (a noisy end at a timestep)."""
-        newest = max(point for _, point in conditions)
-        return [
-            (what, point)
-            for what, point in conditions
-            if self.noise_stds[point] > 0 and (point == newest or self.lambdas[point] > self.lambdas[point + 1])
-        ]
-
-    def _is_long(self, index: int) -> bool:
-        return False  # ε bears long steps, other than x_0: only `_order` limits them
-
-    def _order(self, index: int) -> int:
-        step = self.lambdas[index] - self.lambdas[index + 1]
-        very_long = self.lambdas[index + 1] < NEARLY_NOISE and step >= VERY_LONG_STEP
-        return 1 if very_long else self.config.interpolation_order
-
-    def _integral(self, start: int, conditions: list[tuple[str, int]]) -> list[tuple[tuple[str, int], float]]:
-        """The weights of `conditions` (what, at which point) in the step from point `start` to the next one."""
-        if self.noise_stds[start] == 0:
-            return [(conditions[0], float(self.noise_stds[start + 1]))]
-        nodes = [self.lambdas[point] - self.lambdas[start] for _, point in conditions]
-        derivatives = [int(what == "slope") for what, _ in conditions]
-        step = self.lambdas[start + 1] - self.lambdas[start]
-        weights = interpolation_weights(nodes, derivatives, exponential_moments(step, len(nodes), rate=-1.0))
-        weights *= -self.alphas[start + 1] * np.exp(-self.lambdas[start])
-        return [(condition, float(weight)) for condition, weight in zip(conditions, weights, strict=True)]
-
-    def _learned_row(self, index: int) -> Row:
-        of_sample, *of_predictions = self._encoding["weights"][index]
-        return {("sample", 0): of_sample} | {("prediction", lag): weight for lag, weight in enumerate(of_predictions)}
+    def correction(self, levels: Levels, index: int, known: int, predictor: Row) -> Row:
+        if self.config["method"] == "taylor":
+            return {}
+        return hermite_inverse_correction(levels, index, known, predictor, slopes=self._has_slopes)

@@ -1,11 +1,12 @@
-"""The engine that every scheduler of this package shares.
+"""What all schedulers share: from a configuration to a table, and the contract with diffusers' pipelines.
 
-A sampler here is a table: row i holds the weights of the tensors whose sum is the next sample. A scheduler only says
-what the rows are; noise schedule, time grid, conversion of the model output, history, bookkeeping and the contract
-with diffusers' pipelines live here.
+A sampler here is a [`Table`]: row i holds the weights of the tensors whose sum is the next sample. A scheduler only
+says what the rows are. Tables are run by `genie_diffusers.core.engine`.
 """
 
-from collections import deque
+import copy
+import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,132 +17,160 @@ import torch
 # and in every module with a scheduler.
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..processes import LinearDiffusion, VariancePreserving
-from .time_grids import NOISE_LEVEL_GRIDS, TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
+from ..core.engine import SOURCED, Plan
+from ..core.table import Levels, Row, Table, build, encodes
+from ..core.time_grids import time_grid
+from ..processes import LinearDiffusion
+from .configuration import SharedConfiguration
 
-#: (what, how many steps ago): ("sample", 0), ("sample", 1), ("prediction", 0), ("slope", 0), ("noise", 0), …
-Column = tuple[str, int]
-#: one number, or an array of the process's `weight_shape`, whose last two axes are a matrix
-Weight = Any
-#: the weights of one update, all numbers or all arrays; what is not named has weight zero
-Row = dict[Column, Weight]
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-#: configuration keys of diffusers' schedulers whose models follow no noise schedule of variances β
-OTHER_DIFFUSIONS = ("sigma_max", "sigma_data", "snr", "beta_max", "scaler", "shift", "trained_betas")
-
-#: diffusers' flags for grids in noise level, and our names of them
-SIGMA_GRIDS = {
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "uniform_lambda",
-    "use_lu_lambdas": "uniform_lambda",
-    "use_beta_sigmas": "beta",
-}
+logger = logging.get_logger(__name__)
 
 
-class TableScheduler(SchedulerMixin, ConfigMixin):
+class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
     """
-    Base of the schedulers: applies a table of weights, computed in float64 when the timesteps are set.
+    Base of the schedulers of any [`LinearDiffusion`], the `process_class`.
 
-    A subclass implements [`~TableScheduler.row`], sets `data_form` if its rows weigh the data prediction x_0 instead
-    of the noise prediction ε, and has at least the configuration keys of [`GenieScheduler`] that are read here.
+    A subclass defines [`~TableScheduler.row`], for a corrector [`~TableScheduler.correction`], and declares its own
+    configuration keys in `__init__` and what they may be in `choices`. Derive from [`GaussianDiffusionScheduler`] for
+    models of x = α x_0 + σ z, which is nearly all of them.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000):
+            Number of timesteps the model was trained with.
+        time_grid (`str`, defaults to `"quadratic"`):
+            Where the model is called: `"quadratic"` (even in √t), `"linear"`, `"uniform_lambda"`, `"power_lambda"`,
+            `"karras"` or `"beta"`, see [`~core.time_grids.time_grid`].
+        final_sigmas_type (`str`, defaults to `"zero"`):
+            Where sampling ends, as in diffusers' multistep solvers: `"zero"`, clean data, or `"sigma_min"`, the
+            smallest noise level of the process.
+        denoising_step (`bool`, defaults to `False`):
+            With `final_sigmas_type="zero"` and a `time_grid` between both ends, spend the last model call at the
+            smallest timestep (the final denoising step of GENIE and gDDIM). Otherwise the grid has one point more, and
+            the last step jumps from the last but one straight to clean data: a shorter step everywhere else.
+        tables (`dict`, *optional*):
+            Learned samplers, by the number of model calls as a string, each as [`Table.to_dict`] writes it. A run of
+            such a number of calls follows its table, timesteps included; every other one is solved.
 
     Attributes:
         timesteps (`torch.Tensor` of shape `(num_inference_steps,)`):
-            What the model is called with: `int64`, or `float32` if `continuous=True` or where learned ones are real.
+            What the model is called with: `int64`, or `float32` where the process is continuous or they are real.
         sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
             Noise levels γ = σ/α at the timesteps and at the end, float64, on the CPU.
-        table (`list[dict]`):
-            Row i holds the float64 weights of step i, keyed by (tensor, how many steps ago).
-        corrections (`list[dict]`):
-            Row i holds the weights of what is added to the sample of step i before it, empty without a corrector.
+        table ([`Table`]):
+            The sampler: the float64 weights of every step.
+        levels ([`Levels`]):
+            α, σ and λ at the points that are visited.
         init_noise_sigma (`float`):
             What pipelines multiply their initial standard normal noise with.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles: list[str] = []
     order = 1
     config_name = "scheduler_config.json"
 
-    #: the diffusion that the configuration describes
-    process_class: type[LinearDiffusion] = VariancePreserving
-    #: values of the configuration key `method`
-    methods: tuple[str, ...] = ()
-    #: values of the configuration key `prediction_type`
-    prediction_types: tuple[str, ...] = PREDICTION_TYPES
+    #: the diffusion that is sampled
+    process_class: type[LinearDiffusion]
+    #: configuration keys and the values that they may have
+    choices: Mapping[str, Sequence[Any]] = {"final_sigmas_type": ("zero", "sigma_min")}
+    #: whether it goes from data to noise
+    encodes = False
+    #: whether `tables` of another scheduler's configuration are followed by this one
+    inherits_tables = False
 
-    def __init__(self):
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        time_grid: str | None = "quadratic",
+        final_sigmas_type: str = "zero",
+        denoising_step: bool = False,
+        tables: dict[str, dict[str, Any]] | None = None,
+    ):
         self._process: Any = None
         self._process_key: tuple | None = None
         self._slope_source: Any = None
-        self._learned: dict = {}
-        self.num_inference_steps: int | None = None
+        self._source_takes_output = False
+        self._release: Any = None
+        self._said: set[str] = set()
+        self.num_inference_steps: Any = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
         self.sigmas = torch.empty(0, dtype=torch.float64)
         self.init_noise_sigma = 1.0
-        self.table: list[Row] = []
+        self.table = Table((), (), (), ())
+        self.levels = Levels(np.empty(0), np.empty(0), np.empty(0))
+        self._learned: Any = None
+        self._plan: Any = None
+        self._seen: tuple = ()
         self._begin_index: int | None = None
         self._step_index: int | None = None
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        if "beta_schedule" in cls.process_class.CONFIG_KEYS:
-            _check_diffusion(config_dict)
+        config_dict = dict(config_dict)
         # Each of our classes has methods of its own: those of another one stay behind.
-        of_others = {method for scheduler in TableScheduler.__subclasses__() for method in scheduler.methods}
-        if config_dict.get("method") in of_others.difference(cls.methods):
-            config_dict = {key: value for key, value in config_dict.items() if key != "method"}
+        methods = {method for scheduler in _subclasses(TableScheduler) for method in scheduler._choices("method")}
+        if config_dict.get("method") in methods.difference(cls._choices("method")):
+            del config_dict["method"]
+        # Who asks for another solver asks for its rows.
+        if config_dict.get("tables"):
+            own = {
+                steps: entry
+                for steps, entry in config_dict["tables"].items()
+                if cls._inherits_tables_of(config_dict) and encodes(entry) == cls.encodes
+            }
+            config_dict["tables"] = own or None
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls):
+        # Keys of our other classes are kept without a warning too.
+        return [*super()._get_compatibles(), *_subclasses(TableScheduler)]
+
+    @classmethod
+    def _inherits_tables_of(cls, config: Mapping) -> bool:
+        return cls.inherits_tables or config.get("_class_name", cls.__name__) == cls.__name__
+
+    @classmethod
+    def _choices(cls, key: str) -> Sequence[Any]:
+        return next((vars(base)["choices"][key] for base in cls.__mro__ if key in vars(base).get("choices", ())), ())
 
     # --- what a solver defines -------------------------------------------------------------------------------------
 
-    @property
-    def data_form(self) -> bool:
-        """Whether the rows weigh the data prediction x_0 instead of the noise prediction ε."""
-        return False
-
-    def row(self, index: int, known: int) -> Row:
+    def row(self, levels: Levels, index: int, known: int) -> Row:
         """
         The weights of step `index`, with the predictions of `known` steps at hand, the current one included.
 
-        The weight of `("noise", 0)` is the standard deviation of the fresh noise that the step adds, or a square root
-        of its covariance.
-        `self.alphas`, `self.noise_stds`, `self.lambdas` hold α, σ and λ at the visited points and the end.
+        Keys are (term, how many steps ago). Terms are `"sample"`, the predictions `"prediction"` ε and `"data"` x_0,
+        `"slope"`, dε/dλ, and `"residual"` of an attached source, and `"noise"`, whose weight is the standard deviation
+        of the fresh noise that the step adds, or a square root of its covariance. `levels` holds `alphas`, `sigmas`,
+        `gammas` and `lambdas` at the visited points and the end.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must define `row`.")
 
-    def correction(self, index: int, known: int) -> Row:
+    def correction(self, levels: Levels, index: int, known: int, predictor: Row) -> Row:
         """
         The weights of what is added to the sample of step `index` once the model was called on it, empty for none.
 
-        A corrector is an increment to the sample it is given, so that edits made between steps survive it.
+        `predictor` is the row of the step that led there, empty where the run starts. A corrector is an increment to
+        the sample it is given, so that edits made between steps survive it.
         """
         return {}
 
-    def learned_table(self, num_inference_steps: int) -> dict:
-        """
-        Learned timesteps and rows for this number of model calls, empty where there are none.
-
-        They take the place of the configured time grid, and end at clean data; `row` reads them from `self._learned`.
-        """
-        return {}
-
-    # --- process and time grid -------------------------------------------------------------------------------------
+    # --- from the configuration to a table -------------------------------------------------------------------------
 
     @property
     def process(self) -> Any:
         """The [`LinearDiffusion`] that the configuration describes, as it is now (pipelines may rewrite it)."""
-        values = [self.config.get(key) for key in self._process_class.CONFIG_KEYS]
-        key = self._process_class, *(tuple(v) if isinstance(v, (list, np.ndarray)) else v for v in values)
+        process_class = self._process_class()
+        values = [self.config.get(key) for key in process_class.CONFIG_KEYS]
+        key = process_class, *(tuple(v) if isinstance(v, (list, np.ndarray)) else v for v in values)
         if self._process is None or key != self._process_key:
-            self._process, self._process_key = self._process_class.from_config(self.config), key
+            self._process, self._process_key = process_class.from_config(self.config), key
         return self._process
 
-    @property
     def _process_class(self) -> type[LinearDiffusion]:
         return self.process_class
 
@@ -173,107 +202,88 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if sum(value is not None for value in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("`set_timesteps` needs exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         self._check_config()
-        process = self.process
-        self._learned = {} if num_inference_steps is None else self.learned_table(num_inference_steps)
-        first_step_is_free = self.config.get("analytical_first_step", False) and not self._learned
-        end_is_noisy = self._end_is_noisy and not self._learned
-        if self._learned:
-            points = np.asarray(self._learned["timesteps"], dtype=np.float64)
-        elif num_inference_steps is not None:
-            points = self._grid(num_inference_steps)
-        else:
-            points = self._custom_points(timesteps, sigmas)
-            if first_step_is_free:
-                points = np.concatenate([[process.timestep_max], points])
-                if points[1] >= points[0]:
-                    raise ValueError(
-                        f"With `analytical_first_step=True` the first of the custom timesteps must be below "
-                        f"{points[0]:g}, where the analytical step starts; got {points[1]:g}."
-                    )
-            if end_is_noisy:
-                points = np.concatenate([points, [process.timestep_min]])
-
-        alphas, noise_stds = process.alpha(points), process.sigma(points)
-        if not end_is_noisy:
-            alphas, noise_stds = np.append(alphas, 1.0), np.append(noise_stds, 0.0)
+        self._learned = None if num_inference_steps is None else self.learned_table(num_inference_steps)
         self.init_noise_sigma = 1.0
-        if first_step_is_free:
-            # GENIE's analytical first step: x̄₁ = x̄₀ + (γ₁ − γ₀)·x_T, with ε(x_T) := x_T and x̄₀ = x_T/α₀.
-            gamma_0, gamma_1 = noise_stds[:2] / alphas[:2]
-            self.init_noise_sigma = float(alphas[1] * (1 / alphas[0] + gamma_1 - gamma_0))
-            points, alphas, noise_stds = points[1:], alphas[1:], noise_stds[1:]
-        points, self.alphas, self.noise_stds = self._route(points[: len(alphas) - 1], alphas, noise_stds)
-        with np.errstate(divide="ignore"):
-            self.lambdas = np.log(self.alphas) - np.log(self.noise_stds)
-        self.sigmas = torch.from_numpy(self.noise_stds / self.alphas)
+        self.levels = self._levels_for(num_inference_steps, timesteps, sigmas)
+        points = self.levels.timesteps
+        self.sigmas = torch.from_numpy(self.levels.gammas.copy())
         self._host_timesteps = points.tolist()
-        dtype = torch.int64 if process.is_discrete and not np.any(points % 1) else torch.float32
+        dtype = torch.int64 if self.process.is_discrete and not np.any(points % 1) else torch.float32
         self.timesteps = torch.tensor(self._host_timesteps, dtype=dtype, device=device)
         self.num_inference_steps = len(points)
         self._begin_index = self._step_index = None
         self._build(begin=0)
 
+    def learned_table(self, num_inference_steps: int) -> Table | None:
+        """The table of this number of model calls: that of the attached source, or of the configuration's `tables`."""
+        term = self._term
+        for tables in (getattr(self._slope_source, "tables", None), self.config.get("tables")):
+            entry = (tables or {}).get(str(num_inference_steps))
+            if entry is None:
+                continue
+            table = Table.from_dict(entry, self.process, num_inference_steps)
+            missing = table.needs() & set(SOURCED) - {term}
+            if not missing:
+                return table
+            self._say(
+                f"`tables` of {num_inference_steps} model calls weigh a {' and a '.join(sorted(missing))}, which "
+                f"nothing that is attached provides: they are not followed. `attach` the head they were learned with."
+            )
+        return None
+
+    def _levels_for(self, num_inference_steps, timesteps, sigmas) -> Levels:
+        """The points of a run: those of the learned table, or of the configuration."""
+        if self._learned is None:
+            return self._visited(num_inference_steps, timesteps, sigmas)
+        learned = self._learned
+        return Levels(
+            np.asarray(learned.timesteps), np.asarray(learned.alphas), np.asarray(learned.sigmas), self.process
+        )
+
+    def _visited(self, num_inference_steps, timesteps, sigmas) -> Levels:
+        """The points of a run that no table describes."""
+        process, end_is_noisy = self.process, self.config["final_sigmas_type"] == "sigma_min"
+        if num_inference_steps is not None:
+            points = self._grid(num_inference_steps)
+        else:
+            points = self._custom_points(timesteps, sigmas)
+            points = np.append(points, process.timestep_min) if end_is_noisy else points
+        alphas, stds = process.alpha(points), process.sigma(points)
+        if end_is_noisy:
+            points = points[:-1]
+        else:
+            alphas, stds = np.append(alphas, 1.0), np.append(stds, 0.0)
+        return Levels(points, alphas, stds, process)
+
     def _check_config(self):
         """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
-        for key, choices in (("prediction_type", self.prediction_types), ("timestep_spacing", TIMESTEP_SPACINGS)):
-            if self.config.get(key, choices[0]) not in choices:
-                raise ValueError(f"`{key}` must be one of {', '.join(choices)}, got {self.config[key]!r}.")
-
-    @property
-    def _end_is_noisy(self) -> bool:
-        """Whether sampling ends at the smallest noise level of the process instead of at clean data."""
-        final_sigmas_type = self.config.final_sigmas_type
-        if final_sigmas_type not in ("zero", "sigma_min"):
-            raise ValueError(f"`final_sigmas_type` must be 'zero' or 'sigma_min', got {final_sigmas_type!r}.")
-        return final_sigmas_type == "sigma_min"
+        for key in {key for base in type(self).__mro__ for key in vars(base).get("choices", ())}:
+            allowed = self._choices(key)
+            if self.config.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"`{key}` must be one of {_listed(allowed)}, got {self.config[key]!r}.")
 
     def _grid(self, num_inference_steps: int) -> np.ndarray:
-        """The timesteps of the analytical first step, of the model calls and, if it is noisy, of the end."""
-        process = self.process
-        free = int(self.config.get("analytical_first_step", False))
-        largest = process.num_train_timesteps - free
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
-            raise ValueError(f"`num_inference_steps` must be an integer, got {num_inference_steps!r}.")
-        if not 1 <= num_inference_steps <= largest:
-            limit = "`num_train_timesteps`" + (" less the analytical first step" if free else "")
-            raise ValueError(
-                f"`num_inference_steps` must be between 1 and {largest} ({limit}), got {num_inference_steps}."
-            )
-        visited = num_inference_steps + free
-        name = self.config.time_grid or next(
-            (name for flag, name in SIGMA_GRIDS.items() if self.config.get(flag)), self.config.get("timestep_spacing")
-        )
-        if name in TIMESTEP_SPACINGS:
-            points = spaced_timesteps(process, name, visited, self.config.get("steps_offset", 0))
-        else:
-            # diffusers' own grids spend the last call at the smallest timestep
-            ends_before = self._end_is_noisy or (self.config.time_grid and not self.config.get("denoising_step", True))
-            points = time_grid(process, name, visited + int(bool(ends_before)))[:visited]
-        if name not in NOISE_LEVEL_GRIDS:
-            points = self._shifted(points)
-        points = np.append(points, process.timestep_min) if self._end_is_noisy else points
-        if process.is_discrete:
-            points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
-        # A noisy end after all timesteps there are is no step.
-        return np.maximum(points, process.timestep_min)
+        """The timesteps of the model calls and, if it is noisy, of the end."""
+        process, end_is_noisy = self.process, self.config["final_sigmas_type"] == "sigma_min"
+        self._check_count(num_inference_steps, process.num_train_timesteps, "`num_train_timesteps`")
+        ends_before = end_is_noisy or not self.config["denoising_step"]
+        points = time_grid(process, self.config["time_grid"], num_inference_steps + int(ends_before))
+        points = points[:num_inference_steps]
+        return np.append(points, process.timestep_min) if end_is_noisy else points
 
-    def _shifted(self, timesteps: np.ndarray) -> np.ndarray:
-        """Where the process calls the model for `timesteps` that are spaced without regard to it."""
-        return timesteps
-
-    def _route(
-        self, timesteps: np.ndarray, alphas: np.ndarray, noise_stds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The timesteps of the model calls, and α and σ at the visited points and the end, in the order of the run."""
-        return timesteps, alphas, noise_stds
+    def _check_count(self, count: int, largest: int, limit: str):
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+            raise ValueError(f"`num_inference_steps` must be an integer, got {count!r}.")
+        if not 1 <= count <= largest:
+            raise ValueError(f"`num_inference_steps` must be between 1 and {largest} ({limit}), got {count}.")
 
     def _custom_points(self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> np.ndarray:
         process = self.process
         name = "timesteps" if timesteps is not None else "sigmas"
         given = timesteps if timesteps is not None else sigmas
         points = np.asarray(given.cpu() if torch.is_tensor(given) else given, dtype=np.float64)
-        if points.ndim != 1 or len(points) == 0:
-            raise ValueError(f"`{name}` must be a sequence of at least one number, got {given}.")
+        if points.ndim != 1 or len(points) == 0 or not np.all(np.isfinite(points)):
+            raise ValueError(f"`{name}` must be a sequence of at least one finite number, got {given}.")
         if timesteps is None:
             largest = process.gamma(process.timestep_max)
             # 1e-3: a tenth of a timestep, since diffusers computes the largest one in float32
@@ -295,116 +305,52 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             )
         return points
 
-    # --- the table -------------------------------------------------------------------------------------------------
-
     def _build(self, begin: int):
-        """Compute all rows for a run that starts at step `begin`, and forget the history."""
-        self._built_for = begin
+        """Make the table ready for a run that starts at step `begin`, and forget what was seen."""
         self._bind(self._slope_source)
-        steps = range(len(self._host_timesteps))
-        self.table = [self.row(i, max(i - begin, 0) + 1) for i in steps]
-        self.corrections = [self.correction(i, max(i - begin, 0) + 1) for i in steps]
-        used = [(i, what, lag) for i in steps for what, lag in (*self.table[i], *self.corrections[i])]
-        #: the steps at which the slope is asked for: those whose slope some row weighs, then or later
-        self._sloped = {i - lag for i, what, lag in used if what == "slope"}
-        depth = max(lag for _, _, lag in used) + 1
-        self._samples: deque = deque(maxlen=max((lag for _, what, lag in used if what == "sample"), default=0))
-        self._predictions: deque = deque(maxlen=depth)
-        self._slopes: deque = deque(maxlen=depth)
-        self._previous_noise: torch.Tensor | None = None
-        self._clips = bool(self.config.get("clip_sample") or self.config.get("thresholding"))
-        # All conversions of the model output are linear in (sample, output), so they are rows as well.
-        to_data = [self._conversion(i, to_data=True) for i in steps]
-        to_noise = [self._conversion(i, to_data=False) for i in steps]
-        back = [self._data_to_noise(i) for i in steps]
-        self._rows = {
-            "step": [self._folded(i) for i in steps],
-            "to_data": to_data,
-            "to_noise": to_noise,
-            "data_to_noise": back,
-        }
-        self._noisy = {i for i in steps if np.any(self._rows["step"][i].get(("noise", 0), 0.0))}
-        self._device_rows: dict = {}
+        follows = self._follows(begin)
+        self._built_for, self._seen = begin, ()
+        if follows and self._learned is not None:
+            self.table = self._learned
+        else:
+            self.table = build(self.levels, self.row, self.correction, begin, self._model_levels())
+        clips = bool(self.config.get("clip_sample") or self.config.get("thresholding"))
+        combine = None if self.process.weight_shape == (1, 1) else self.process.combine
+        self._plan = Plan(self.table, self._conversion(), clips, combine)
 
-    def _folded(self, index: int) -> Row:
-        """
-        The whole step `index` as one row: the correction, then the update, both by way of the model output itself.
+    def _follows(self, begin: int) -> bool:
+        """Whether a run from `begin` follows the learned table: where no row weighs what lies before its start."""
+        learned = self._learned
+        if learned is None or learned.needs() & set(SOURCED) - {self._term}:
+            return False
+        return begin == 0 or learned.reaches_before(begin) is None
 
-        Near pure noise ε and its weight are so large that the conversion of the output and the update nearly cancel;
-        adding their weights in float64 leaves nothing to cancel in the precision of the sample.
-        """
-        row = self.corrected_row(index)
-        if not self._clips and ("prediction", 0) in row:
-            of_prediction = row.pop(("prediction", 0))
-            for column, weight in self._conversion(index, self.data_form).items():
-                row[column] = row.get(column, 0.0) + _product(of_prediction, weight)
-        return row
+    def _model_levels(self) -> tuple | None:
+        """α and σ that the model is told, where they are not those of the visited points."""
+        return None
 
-    def corrected_row(self, index: int) -> Row:
-        """The correction and the update of step `index` as one row of weights."""
-        row, of_sample = dict(self.table[index]), self.table[index].get(("sample", 0), 0.0)
-        for column, weight in self.corrections[index].items():
-            row[column] = row.get(column, 0.0) + _product(of_sample, weight)
-        return row
+    def _conversion(self) -> Any:
+        """What the model predicts, see [`Plan`]."""
+        raise NotImplementedError
 
-    def _levels(self, index: int) -> tuple[float, float]:
-        """α and σ that the model is told in step `index`."""
-        return float(self.alphas[index]), float(self.noise_stds[index])
+    # --- α, σ and λ at the visited points and the end
 
-    def _conversion(self, index: int, to_data: bool) -> Row:
-        """Model output → x_0 (to_data) or ε, from x = α x_0 + σ ε and v = α ε − σ x_0; for flows v = ε − x_0."""
-        alpha, sigma = self._levels(index)
-        weights = {
-            ("epsilon", True): (1 / alpha, -sigma / alpha),
-            ("epsilon", False): (0.0, 1.0),
-            ("sample", True): (0.0, 1.0),
-            ("sample", False): (1 / sigma, -alpha / sigma),
-            ("v_prediction", True): (alpha, -sigma),
-            ("v_prediction", False): (sigma, alpha),
-            ("flow_prediction", True): (1.0, -sigma),
-            ("flow_prediction", False): (1.0, alpha),
-        }
-        of_sample, of_output = weights[self.config.prediction_type, to_data]
-        return {("sample", 0): of_sample, ("output", 0): of_output}
+    @property
+    def alphas(self) -> np.ndarray:
+        """α at the visited points and the end."""
+        return self.levels.alphas
 
-    def _data_to_noise(self, index: int) -> Row:
-        alpha, sigma = self._levels(index)
-        return {("sample", 0): 1 / sigma, ("data", 0): -alpha / sigma}
+    @property
+    def noise_stds(self) -> np.ndarray:
+        """σ at the visited points and the end."""
+        return self.levels.sigmas
 
-    def _apply(self, name: str, index: int, tensors: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Σ weight · tensor over row `index` of the rows `name`, in at least float32."""
-        reference = tensors["sample"][0]
-        dtype = torch.promote_types(reference.dtype, torch.float32)
-        row = self._rows_on(name, reference.device, dtype)[index]
-        (column, weight), *rest = row
-        if weight is not None and weight.ndim > 0:
-            states = [tensors[what][lag].to(dtype) for (what, lag), _ in row]
-            return self.process.combine([weight for _, weight in row], states)
-        total = tensors[column[0]][column[1]].to(dtype)
-        if weight is not None:  # None is the weight one
-            total = total * weight
-        for (what, lag), weight in rest:
-            tensor = tensors[what][lag]
-            total = total + tensor if weight is None else torch.addcmul(total, tensor, weight)
-        return total
+    @property
+    def lambdas(self) -> np.ndarray:
+        """λ = log(α/σ) at the visited points and the end."""
+        return self.levels.lambdas
 
-    def _rows_on(self, name: str, device: torch.device, dtype: torch.dtype) -> list:
-        """The rows as tensors where the sample is, numbers as zero-dimensional ones: one transfer a run."""
-        key = (name, device, dtype)
-        if key not in self._device_rows:
-            used = [[(column, weight) for column, weight in row.items() if np.any(weight)] for row in self._rows[name]]
-            weights = [weight for row in used for _, weight in row]
-            flat = torch.from_numpy(np.concatenate([np.ravel(weight) for weight in weights]))
-            parts = flat.to(device=device, dtype=dtype).split([np.size(weight) for weight in weights])
-            tensors = iter([part.reshape(np.shape(weight)) for part, weight in zip(parts, weights, strict=True)])
-            pairs = [[(column, weight, next(tensors)) for column, weight in row] for row in used]
-            self._device_rows[key] = [
-                [(column, None if np.array_equal(weight, 1.0) else tensor) for column, weight, tensor in row]
-                for row in pairs
-            ]
-        return self._device_rows[key]
-
-    # --- stepping --------------------------------------------------------------------------------------------------
+    # --- sources ---------------------------------------------------------------------------------------------------
 
     def attach(self, source: Callable | None):
         """
@@ -416,10 +362,19 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 `source(sample, noise_prediction, timestep, *, step, history_slope) -> slope`, or `None` to detach.
                 `timestep` is a float, `step` the step in λ that is about to be taken (infinite for the last one to
                 clean data), `history_slope` the slope through this and the previous prediction, `None` at the
-                start. The slope has the shape of `sample`. A method `bind(process, prediction_type)` of the source,
-                if there is one, is called whenever the timesteps are set, and raises if the two do not fit.
+                start. One that has an argument `model_output` is also given what the model returned. The slope has
+                the shape of `sample`.
+
+                Optional attributes of a source: `term`, what it is the source of, `"slope"` or `"residual"` (the
+                default of one with `tables`); `tables`, learned tables as in the configuration, which go before
+                these; `bind(process, prediction_type)`, called whenever the timesteps are set, which raises if the
+                source is for another model; `acquire()` and `release()`, called when it is attached and detached;
+                `begin()`, called when a run starts.
 
         An attachment is not part of the configuration: attach again after `from_config` or loading.
+
+        Raises:
+            ValueError: If `source` is no source, or not for the model of this scheduler.
         """
         source = getattr(source, "slope_source", source)
         if isinstance(source, ModelMixin):
@@ -430,13 +385,68 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
         self._bind(source)
-        self._slope_source = source
+        if source is not None and hasattr(source, "acquire"):
+            source.acquire()
+        if self._release is not None:
+            self._release()  # of the source before
+        self._slope_source, self._source_takes_output = source, source is not None and _takes(source, "model_output")
+        self._release = weakref.finalize(self, release) if (release := getattr(source, "release", None)) else None
         if self.num_inference_steps is not None:  # a run under way goes on as if it started here
             self._build(self._built_for if self._step_index is None else self._step_index)
 
+    @property
+    def _term(self) -> str | None:
+        """What the attached source is the source of."""
+        source = self._slope_source
+        if source is None:
+            return None
+        return getattr(source, "term", "slope" if getattr(source, "tables", None) is None else "residual")
+
+    @property
+    def _has_slopes(self) -> bool:
+        return self._term == "slope"
+
     def _bind(self, source: Any):
         if hasattr(source, "bind"):
-            source.bind(self.process, self.config.prediction_type)
+            source.bind(self.process, self.config.get("prediction_type", "epsilon"))
+
+    def _ask(self, timestep: float, term, index, sample, output, noise_prediction, history_slope) -> torch.Tensor:
+        options = {"model_output": output} if self._source_takes_output else {}
+        slope = self._slope_source(
+            sample,
+            noise_prediction,
+            timestep,
+            step=float(self.lambdas[index + 1] - self.lambdas[index]),
+            history_slope=history_slope,
+            **options,
+        )
+        if slope.shape != sample.shape:
+            raise ValueError(
+                f"The slope source must return the shape {tuple(sample.shape)} of `sample`, got {tuple(slope.shape)}."
+            )
+        return slope
+
+    def __copy__(self):
+        return self._copied(vars(self))
+
+    def __deepcopy__(self, memo):
+        others = {key: value for key, value in vars(self).items() if key not in ("_slope_source", "_release")}
+        return self._copied(copy.deepcopy(others, memo))
+
+    def _copied(self, state: Mapping[str, Any]):
+        """Another scheduler of this `state`. What is attached belongs to a model, which both share."""
+        source, copied = self._slope_source, type(self).__new__(type(self))
+        copied.__dict__.update(state, _slope_source=source, _release=None)
+        if self._release is not None:
+            source.acquire()
+            copied._release = weakref.finalize(copied, source.release)
+        return copied
+
+    def __getstate__(self):
+        # A source cannot travel: attach one again.
+        return {**vars(self), "_slope_source": None, "_release": None}
+
+    # --- stepping --------------------------------------------------------------------------------------------------
 
     def step(
         self,
@@ -471,72 +481,35 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 If the timesteps are not set, all steps are taken, `timestep` is not the one whose turn it is, the
                 shapes differ, or there are not as many generators as samples.
         """
-        self._refuse_options(kwargs)
+        compiling = torch.compiler.is_compiling()
+        weights, tensors = self._visit(model_output, timestep, sample, generator, kwargs, compiling)
+        prev_sample = self._plan.sum(weights, tensors, sample.dtype)
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    @torch.compiler.disable
+    def _visit(self, model_output, timestep, sample, generator, options: dict, compiling: bool):
+        """
+        All of a step but its sum.
+
+        Bookkeeping is Python, so under `torch.compile` it stays outside of the graph, which is handed the same number
+        of tensors in every step and compiled once.
+        """
+        if options:
+            self._refuse_options(options)
         index = self._locate(timestep)
         model_output = self._without_variance(model_output, sample)
-        self._remember(model_output, sample, index)
-        tensors = {
-            "sample": (sample, *self._samples),
-            "output": (model_output,),
-            "prediction": self._predictions,
-            "slope": self._slopes,
-        }
-        if index in self._noisy:
-            tensors["noise"] = (self._draw(sample, generator),)
-        prev_sample = self._apply("step", index, tensors).to(sample.dtype)
-        self._samples.appendleft(sample)
+        plan, noise, source, clip = self._plan, None, None, None
+        if index in plan.noisy:
+            noise = self._draw(sample, generator)
+        if self._slope_source is not None:
+            host_timestep = self._host_timesteps[index]
+            source = lambda *asked: self._ask(host_timestep, *asked)  # noqa: E731
+        if plan.clips:
+            clip = self._clip
+        weights, tensors, seen = plan.visit(index, self._seen, sample, model_output, noise, source, clip, compiling)
         self._step_index = index + 1
-        if self._step_index == self.num_inference_steps:
-            self._samples.clear()
-            self._predictions.clear()
-            self._slopes.clear()
-            self._previous_noise = None
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
-
-    def _remember(self, model_output: torch.Tensor, sample: torch.Tensor, index: int):
-        """Put the current prediction, and its slope if there is a source, in front of the history."""
-        given = {"sample": (sample,), "output": (model_output,)}
-        if self._clips:
-            own_data = self._apply("to_data", index, given)
-            data = self._clip(own_data)
-            clipped = {"sample": (sample,), "data": (data,)}
-            prediction = data if self.data_form else self._apply("data_to_noise", index, clipped)
-        else:
-            prediction = self._apply("to_data" if self.data_form else "to_noise", index, given)
-        # A source knows the prediction of its model, not the clipped one.
-        noise = self._apply("to_noise", index, given) if self._sloped & {index, index + 1} else None
-        slope = None
-        if noise is not None and index in self._sloped:
-            slope = self._slope(sample, noise, index)
-            # Where x_0 is held at a limit, dx_0/dλ = 0, and with it dε/dλ = −(α/σ) dx_0/dλ. Where thresholding
-            # rescales a whole sample the slope is left out too.
-            if self._clips:
-                slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
-        self._previous_noise = noise
-        self._predictions.appendleft(prediction)
-        self._slopes.appendleft(slope)
-
-    def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
-        history_slope = None
-        if self._previous_noise is not None:
-            step = float(self.lambdas[index] - self.lambdas[index - 1])
-            # neither from clean data nor at a point that is visited twice
-            if step != 0 and np.isfinite(step):
-                history_slope = (noise - self._previous_noise) / step
-        slope = self._slope_source(
-            sample,
-            noise,
-            self._host_timesteps[index],
-            step=float(self.lambdas[index + 1] - self.lambdas[index]),
-            history_slope=history_slope,
-        )
-        if slope.shape != sample.shape:
-            raise ValueError(
-                f"The slope source must return the shape {tuple(sample.shape)} of `sample`, got {tuple(slope.shape)}."
-            )
-        return slope
+        self._seen = seen if self._step_index < self.num_inference_steps else ()
+        return weights, tensors
 
     def _draw(self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
         """Standard normal noise, the same for every split of the batch if each sample has a generator of its own."""
@@ -548,11 +521,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _clip(self, data: torch.Tensor) -> torch.Tensor:
         """Clip x_0 to ±`clip_sample_range`, or threshold it dynamically (Saharia et al., 2022, Section 2.3)."""
-        if not self.config.thresholding:
-            return data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if not self.config["thresholding"]:
+            return data.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
         magnitude = data.abs().flatten(1).float()
-        scale = torch.quantile(magnitude, self.config.dynamic_thresholding_ratio, dim=1)
-        scale = scale.clamp(1.0, max(1.0, self.config.sample_max_value))
+        scale = torch.quantile(magnitude, self.config["dynamic_thresholding_ratio"], dim=1)
+        scale = scale.clamp(1.0, max(1.0, self.config["sample_max_value"]))
         scale = scale.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 1))
         return torch.clamp(data, -scale, scale) / scale
 
@@ -583,18 +556,20 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             begin = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
             if begin != self._built_for:
                 self._build(begin)
+            if hasattr(self._slope_source, "begin"):
+                self._slope_source.begin()
             self._step_index = begin
         if self._step_index >= self.num_inference_steps:
             raise ValueError(
                 f"All {self.num_inference_steps} steps are taken; call `set_timesteps` before sampling again."
             )
         if not torch.is_tensor(timestep) or timestep.device.type == "cpu":
-            expected = self._host_timesteps[self._step_index]
-            if np.float32(_as_float(timestep)) != np.float32(expected):
+            expected, given = self._host_timesteps[self._step_index], _as_float(timestep)
+            if given != expected and np.float32(given) != np.float32(expected):
                 raise ValueError(
                     f"`timestep` must be {expected:g}, whose turn it is (step {self._step_index} of "
-                    f"{self.num_inference_steps}), got {_as_float(timestep):g}. To start elsewhere, call "
-                    "`set_timesteps` and `set_begin_index`."
+                    f"{self.num_inference_steps}), got {given:g}. To start elsewhere, call `set_timesteps` and "
+                    "`set_begin_index`."
                 )
         return self._step_index
 
@@ -633,63 +608,50 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("`set_timesteps` must be called before `set_begin_index`.")
-        if not 0 <= begin_index < self.num_inference_steps:
-            raise ValueError(f"`begin_index` must be between 0 and {self.num_inference_steps - 1}, got {begin_index}.")
-        self._begin_index = int(begin_index)
-        self._step_index = None
+        if begin_index != int(begin_index) or not 0 <= begin_index < self.num_inference_steps:
+            raise ValueError(
+                f"`begin_index` must be an integer between 0 and {self.num_inference_steps - 1}, got {begin_index}."
+            )
+        self._begin_index, self._step_index = int(begin_index), None
         if self._begin_index != self._built_for:
             self._build(self._begin_index)
+        self._seen = ()
 
     # --- the forward process ---------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Return `sample`: variance-preserving models take it as it is."""
+        """Return `sample`: models take it as it is."""
         return sample
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """α_t x_0 + σ_t z, for timesteps of shape `(batch,)`."""
+        """A draw from the process at timesteps of shape `(batch,)`: α_t x_0 + σ_t z."""
         return self.process.add_noise(original_samples, noise, timesteps)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = α_t z − σ_t x_0 (Salimans & Ho, 2022), for clean `sample` x_0 and timesteps of shape `(batch,)`."""
-        alpha, sigma = self.process.coefficients(timesteps, sample)
-        return alpha * noise - sigma * sample
-
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """ᾱ at the integer timesteps, float32, as diffusers' training scripts and some pipelines read it."""
-        if not self.process.is_discrete:
-            raise AttributeError("a process with `continuous=True` has no `alphas_cumprod`")
-        return torch.from_numpy(self.process.alpha(np.arange(self.process.num_train_timesteps)) ** 2).float()
-
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
+
+    def _say(self, message: str):
+        """Warn of something once."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
 
-def _check_diffusion(config: Mapping):
-    """Raise a `ValueError` if a model of variances β is not what the configuration describes."""
-    has_betas = any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "trained_betas"))
-    found = [key for key in OTHER_DIFFUSIONS if key in config]
-    if not has_betas and found:
-        raise ValueError(
-            "`config` must describe a variance-preserving model with a noise schedule of betas, which is not here ("
-            + ", ".join(f"`{key}={config[key]!r}`" for key in found)
-            + "): EDM, variance-exploding and consistency models need their own schedulers, and flow-matching models "
-            "`GenieScheduler`."
-        )
-    if config.get("snr_shift_scale") not in (None, 1, 1.0) or config.get("timestep_type") == "continuous":
-        raise ValueError(
-            "`config` must describe a model whose noise levels are those of its betas and that is called with integer "
-            f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
-            f"`timestep_type={config.get('timestep_type')!r}`."
-        )
+def _subclasses(scheduler: type[TableScheduler]) -> list[type[TableScheduler]]:
+    found = [scheduler]
+    for direct in scheduler.__subclasses__():
+        found += _subclasses(direct)
+    return found
 
 
-def _product(first: Weight, second: Weight) -> Weight:
-    """The weight that acts like `second`, then `first`."""
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return first @ second
-    return first * second
+def _takes(function: Any, argument: str) -> bool:
+    function = function if inspect.isroutine(function) else type(function).__call__
+    parameters = inspect.signature(function).parameters
+    return argument in parameters
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _as_float(timestep: float | torch.Tensor) -> float:

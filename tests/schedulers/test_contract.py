@@ -833,9 +833,8 @@ def test_an_edit_of_the_sample_changes_the_next_one_by_the_linear_response_only(
     alpha, sigma = alpha_sigma(t)
     of_noise = {"epsilon": 0.0, "sample": 1 / sigma, "v_prediction": sigma}[prediction_type]
     of_data = {"epsilon": 1 / alpha, "sample": 0.0, "v_prediction": alpha}[prediction_type]
-    row, correction = (defaultdict(float, rows[index]) for rows in (scheduler.table, scheduler.corrections))
-    of_prediction = row["prediction", 0] + row["sample", 0] * correction["prediction", 0]
-    response = row["sample", 0] + of_prediction * (of_data if scheduler.data_form else of_noise)
+    row, folded = (defaultdict(float, table[index]) for table in (scheduler.table, scheduler.table.fold()))
+    response = row["sample", 0] + folded["prediction", 0] * of_noise + folded["data", 0] * of_data
     torch.testing.assert_close(after[1] - after[0], response * delta)
 
 

@@ -22,21 +22,21 @@ every_grid = pytest.mark.parametrize("grid", ["quadratic", "uniform_lambda"])
 class FirstOrderScheduler(GenieScheduler):
     """GENIE without derivatives and without history, which is DDIM."""
 
-    def row(self, index, known):
-        return super().row(index, known=1)
+    def row(self, levels, index, known):
+        return super().row(levels, index, known=1)
 
 
 class Predictor(GenieScheduler):
     """GENIE without its corrector."""
 
-    def correction(self, index, known):
+    def correction(self, levels, index, known, predictor):
         return {}
 
 
 class InversePredictor(GenieInverseScheduler):
     """The same from data to noise."""
 
-    def correction(self, index, known):
+    def correction(self, levels, index, known, predictor):
         return {}
 
 
@@ -252,5 +252,5 @@ def test_a_correction_is_an_increment_to_the_sample_it_is_given(mixture, noise, 
             alpha, sigma = scheduler.alphas[index], scheduler.noise_stds[index]
             sample = scheduler.step((sample - alpha * fixed_data) / sigma, timestep, sample).prev_sample
         ends.append(sample)
-    assert scheduler.corrections[1], "the second step has a corrector"
+    assert scheduler.table.corrections[1], "the second step has a corrector"
     torch.testing.assert_close(ends[1] - ends[0], torch.full((5, 2), 0.25).double() * scheduler.table[1]["sample", 0])

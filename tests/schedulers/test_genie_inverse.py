@@ -34,7 +34,7 @@ def round_trip(encoder, decoder, steps, data, predict):
         scheduler.set_timesteps(steps)
         state = state * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
-            alpha, sigma = scheduler._levels(index)
+            alpha, sigma = scheduler.table.model_level(index)
             noise = predict(state, alpha, sigma)
             output = {
                 "epsilon": noise,
@@ -90,12 +90,12 @@ def test_the_prediction_on_clean_data_is_dropped_when_there_is_another():
     scheduler = GenieInverseScheduler(time_grid="uniform_lambda")
     scheduler.set_timesteps(6)
     sigma = scheduler.noise_stds[1]
-    assert scheduler.corrections[1] == {
+    assert scheduler.table.corrections[1] == {
         ("prediction", 0): pytest.approx(sigma),
         ("prediction", 1): pytest.approx(-sigma),
     }
     for index in range(2, 6):
-        assert all(index - lag > 0 for what, lag in scheduler.corrected_row(index) if what == "prediction")
+        assert all(index - lag > 0 for what, lag in scheduler.table.fold()[index] if what == "prediction")
 
 
 def test_slopes_are_asked_for_where_there_is_noise(mixture, run, noise, slope_source):
@@ -105,7 +105,7 @@ def test_slopes_are_asked_for_where_there_is_noise(mixture, run, noise, slope_so
     scheduler.set_timesteps(5)
     data = noise(4, 2)
     for index, timestep in enumerate(scheduler.timesteps):
-        alpha, sigma = scheduler._levels(index)
+        alpha, sigma = scheduler.table.model_level(index)
         data = scheduler.step(mixture.noise_prediction(data, alpha, sigma), timestep, data).prev_sample
     assert len(source.calls) == 4, "all but the call on clean data"
     assert all(call["step"] < 0 for call in source.calls)
@@ -120,7 +120,7 @@ def learned(scheduler: GenieInverseScheduler, steps: int, scale: float = 1.0) ->
     scheduler.set_timesteps(steps)
     rows = []
     for index in range(steps):
-        row = scheduler.corrected_row(index)
+        row = scheduler.table.fold()[index]
         rows.append([row["sample", 0], *(scale * row.get(("prediction", lag), 0.0) for lag in range(index + 1))])
     return {str(steps): {"sigmas": scheduler.sigmas.tolist(), "weights": rows}}
 
@@ -154,10 +154,10 @@ def test_other_numbers_of_calls_and_attached_sources_are_left_to_the_solver(solv
 
 def test_learned_rows_are_for_their_own_points(solver):
     encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6), time_grid="quadratic")
-    with pytest.raises(ValueError, match="`encoding` was learned for 6 model calls at the noise levels"):
+    with pytest.raises(ValueError, match="`tables` was learned for 6 model calls at the noise levels"):
         encoder.set_timesteps(6)
     encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6), final_sigmas_type="zero")
-    with pytest.raises(ValueError, match="`encoding` was learned"):
+    with pytest.raises(ValueError, match="`tables` was learned"):
         encoder.set_timesteps(6)
 
 
@@ -165,13 +165,13 @@ def test_learned_rows_are_checked_when_a_source_is_detached(solver, slope_source
     encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6), time_grid="quadratic")
     encoder.attach(slope_source(encoder))
     encoder.set_timesteps(6)
-    with pytest.raises(ValueError, match="`encoding` was learned"):
+    with pytest.raises(ValueError, match="`tables` was learned"):
         encoder.attach(None)
 
 
 def test_learned_rows_are_for_their_own_decoder():
     encoder = GenieInverseScheduler.from_pretrained(ENCODER, interpolation_order=2)
-    with pytest.raises(ValueError, match=r"`encoding` was learned.*interpolation_order"):
+    with pytest.raises(ValueError, match=r"`tables` was learned.*interpolation_order"):
         encoder.set_timesteps(10)
 
 
@@ -181,7 +181,7 @@ def test_a_point_visited_twice_has_no_slope_of_the_history(solver, slope_source,
     solver.set_timesteps(timesteps=[900, 500, 100, 0])
     data = noise(4, 2)
     for index, timestep in enumerate(solver.timesteps):
-        alpha, sigma = solver._levels(index)
+        alpha, sigma = solver.table.model_level(index)
         data = solver.step(mixture.noise_prediction(data, alpha, sigma), timestep, data).prev_sample
     histories = [call["history_slope"] for call in source.calls]
     assert histories[1] is None
@@ -192,9 +192,9 @@ def test_a_decoder_takes_all_of_the_configuration_but_the_rows(solver, caplog):
     encoder = GenieInverseScheduler.from_config(solver.config, encoding=learned(solver, 6))
     decoder = GenieScheduler.from_config(encoder.config)
     assert not caplog.records
-    own = {name: value for name, value in encoder.config.items() if not name.startswith("_") and name != "encoding"}
+    own = {name: value for name, value in encoder.config.items() if not name.startswith("_") and name != "tables"}
     assert {name: decoder.config[name] for name in own} == own
-    assert "encoding" not in decoder.config
+    assert encoder.config.tables and not decoder.config.tables
 
 
 @pytest.mark.parametrize(

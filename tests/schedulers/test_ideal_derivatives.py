@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sympy as sp
 
-from genie_diffusers.schedulers.ideal_derivatives import METHODS, departure, limit_weights, taylor_weights
+from genie_diffusers.core.solvers.quasi_taylor import METHODS, departure, limit_weights, taylor_weights
 
 t, x, score, h, u = sp.symbols("t x S h u", positive=True)
 #: ᾱ(t) of the linear, squared-cosine and quadratic-β (`"scaled_linear"`) schedules, in continuous time

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from genie_diffusers.schedulers.interpolation import exponential_moments, interpolation_weights, polynomial_moments
+from genie_diffusers.core.interpolation import exponential_moments, interpolation_weights, polynomial_moments
 
 # diffusers calls `np.array` on a tensor
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:`algorithm_types:FutureWarning")

@@ -21,8 +21,8 @@ from genie_diffusers import (
     LinearDiffusion,
     LinearDiffusionScheduler,
 )
-from genie_diffusers.schedulers.interpolation import exponential_moments, interpolation_weights
-from genie_diffusers.schedulers.scheduling_gddim import integral_weights, square_root, stochastic_weights
+from genie_diffusers.core.interpolation import exponential_moments, interpolation_weights
+from genie_diffusers.core.solvers.gddim import integral_weights, square_root, stochastic_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 

@@ -14,8 +14,8 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 class FirstOrderScheduler(GenieScheduler):
     """GENIE without derivatives and without history, which is DDIM."""
 
-    def row(self, index, known):
-        return super().row(index, known=1)
+    def row(self, levels, index, known):
+        return super().row(levels, index, known=1)
 
 
 class PublishedSampler:
@@ -258,7 +258,7 @@ def test_long_steps_integrate_a_straight_prediction_as_documented():
             assert end - start >= 0.75, "every step of this test is long"
             line = {lag: 0.3 - 0.2 * lambdas[index - lag] for lag in range(2)}
             row = scheduler.table[index]
-            predicted = sum(weight * line[lag] for (what, lag), weight in row.items() if what == "prediction")
+            predicted = sum(weight * line[lag] for (what, lag), weight in row.items() if what == "data")
             kernel_mean = quad(np.exp, start, end)[0] / (end - start)
             if start < -2.5 and end - start >= 1.5:
                 kind, expected = "straight", line[0] * quad(np.exp, start, end)[0]

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from genie_diffusers import GenieScheduler, QuasiTaylorScheduler
-from genie_diffusers.schedulers.ideal_derivatives import METHODS, limit_weights
+from genie_diffusers.core.solvers.quasi_taylor import METHODS, limit_weights
 
 ROUGH_BETAS = np.random.default_rng(0).uniform(1e-4, 0.08, 100).tolist()
 JUMPING_BETAS = np.repeat([1e-4, 0.3, 1e-3, 0.6, 0.02], 20).tolist()
@@ -131,7 +131,7 @@ def test_the_squared_cosine_is_no_singularity_for_the_first_order_ode(caplog):
 
 
 def test_long_steps_are_warned_of_once_a_run_and_short_ones_never(caplog):
-    scheduler = QuasiTaylorScheduler(taylor_order=1, time_grid="uniform_lambda")
+    scheduler = QuasiTaylorScheduler(taylor_order=1, time_grid="uniform_lambda", denoising_step=True)
     (message,) = warnings_of(caplog, lambda: scheduler.set_timesteps(5))
     assert f"by up to {100 * scheduler.departures.max():.3g}%" in message and "DDIM" in message
     assert not warnings_of(caplog, lambda: scheduler.set_begin_index(2))

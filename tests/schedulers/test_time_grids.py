@@ -6,7 +6,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from genie_diffusers import GenieScheduler, VariancePreserving
-from genie_diffusers.schedulers.time_grids import (
+from genie_diffusers.core.time_grids import (
     TIME_GRIDS,
     TIMESTEP_SPACINGS,
     distinct_integers,

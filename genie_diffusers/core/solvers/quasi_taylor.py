@@ -9,9 +9,12 @@ derivation.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from ..table import Levels, Row
 
 METHODS = ("ode", "sde")
 
@@ -22,6 +25,45 @@ class StepWeights(NamedTuple):
     sample: np.ndarray
     prediction: np.ndarray
     noise: np.ndarray
+
+
+def quasi_taylor(levels: Levels, index: int, known: int = 1, method: str = "ode", order: int = 2) -> Row:
+    """
+    The step x(t − h) = ρ x + w ε + s z of order p, or its limit where that is the better of the two.
+
+    Args:
+        method (`str`): `"ode"` or `"sde"`.
+        order (`int`): p, from 1 to 3.
+    """
+    weights, _ = quasi_taylor_weights(levels, method, order)
+    row = {(name, 0): float(values[index]) for name, values in weights._asdict().items()}
+    return {term: weight for term, weight in row.items() if weight != 0.0}
+
+
+@lru_cache(maxsize=8)
+def quasi_taylor_weights(levels: Levels, method: str, order: int) -> tuple[StepWeights, np.ndarray]:
+    """
+    The weights of all steps of a run, and their [`departure`] from the limit, 0 for the step to clean data.
+
+    The step to clean data is the limit, and so are steps with a departure above 1. A path that does not preserve
+    variance is the variance-preserving one of the same noise levels in x/√(α² + σ²), and is expanded there.
+    """
+    path, norm = levels.path, np.hypot(levels.alphas, levels.sigmas)
+    alphas, sigmas = levels.alphas / norm, levels.sigmas / norm
+    times = path.inside(np.append(levels.timesteps, path.timestep_min))
+    (alpha, alpha_next), (sigma, sigma_next) = ((values[:-1], values[1:]) for values in (alphas, sigmas))
+    betas = [path.beta(times[:-1], derivative) for derivative in range(order)]
+    limit = limit_weights(method, alpha, sigma, alpha_next, sigma_next)
+    # β = 0 in a schedule with jumps, and the division by σ = 0 at clean data
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expanded = taylor_weights(method, order, -np.diff(times), betas, sigma**2)
+        departures = departure(expanded, limit, sigma, alpha_next, sigma_next)
+    departures = np.where(sigma_next > 0, np.nan_to_num(departures, nan=np.inf, posinf=np.inf), 0.0)
+    takes_limit = (sigma_next == 0) | (departures > 1)
+    chosen = StepWeights(*(np.where(takes_limit, *pair) for pair in zip(limit, expanded, strict=True)))
+    norm, norm_next = norm[:-1], norm[1:]
+    weights = StepWeights(chosen.sample * norm_next / norm, chosen.prediction * norm_next, chosen.noise * norm_next)
+    return weights, departures
 
 
 def taylor_weights(

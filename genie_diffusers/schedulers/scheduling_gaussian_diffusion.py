@@ -1,0 +1,281 @@
+"""Schedulers of models of x = α x_0 + σ z: variance-preserving diffusion and flow matching, whatever they predict."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin  # noqa: F401
+
+from ..core.parametrisation import PREDICTION_TYPES, Parametrisation
+from ..core.table import Levels
+from ..core.time_grids import (
+    NOISE_LEVEL_GRIDS,
+    TIME_GRIDS,
+    TIMESTEP_SPACINGS,
+    distinct_integers,
+    spaced_timesteps,
+    time_grid,
+)
+from ..processes import LinearDiffusion, RectifiedFlow, VariancePreserving
+from .scheduling_utils import TableScheduler
+
+#: configuration keys of diffusers' schedulers whose models follow no noise schedule of variances β
+OTHER_DIFFUSIONS = ("sigma_max", "sigma_data", "snr", "beta_max", "scaler", "shift", "trained_betas")
+
+#: diffusers' flags for grids in noise level, and our names of them
+SIGMA_GRIDS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "uniform_lambda",
+    "use_lu_lambdas": "uniform_lambda",
+    "use_beta_sigmas": "beta",
+}
+
+
+class GaussianDiffusionScheduler(TableScheduler):
+    """
+    Base of the schedulers of models of x = α x_0 + σ z, with the configuration keys of diffusers' own.
+
+    The *path*, how α and σ depend on the timestep, is that of a variance-preserving model, or of flow matching,
+    α = 1 − σ and σ = t/`num_train_timesteps`. What is *predicted* is a choice of its own, `prediction_type`. Rows
+    weigh x, ε and x_0, so every solver serves every combination.
+
+    Args:
+        beta_start (`float`, defaults to 0.0001), beta_end (`float`, defaults to 0.02):
+            First and last variance of the noise schedule.
+        beta_schedule (`str`, defaults to `"linear"`):
+            `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`.
+        trained_betas (`list[float]`, *optional*):
+            The variances themselves, instead of the three above.
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            Rescale to zero terminal signal-to-noise ratio.
+        continuous (`bool`, defaults to `False`):
+            Use the analytic process β(τ) = N·(beta_start + (beta_end − beta_start)·τ), τ ∈ [10⁻³, 1], N =
+            `num_train_timesteps`, for models trained in continuous time; the model is called with (N − 1)·τ.
+        prediction_type (`str`, defaults to `"epsilon"`):
+            What the model predicts: `"epsilon"`, `"sample"`, `"v_prediction"`, or `"flow_prediction"`, the velocity
+            z − x_0 of a flow-matching model.
+        variance_type (`str`, *optional*):
+            With `"learned"` or `"learned_range"` the second half of the model's output channels is dropped.
+        clip_sample (`bool`, defaults to `False`), clip_sample_range (`float`, defaults to 1.0):
+            Clip the predicted x_0.
+        thresholding (`bool`, defaults to `False`), dynamic_thresholding_ratio (`float`, defaults to 0.995),
+        sample_max_value (`float`, defaults to 1.0):
+            Dynamic thresholding of the predicted x_0, for models in pixel space.
+        timestep_spacing (`str`, defaults to `"linspace"`), steps_offset (`int`, defaults to 0):
+            diffusers' spacing of timesteps, as its multistep solvers define it, and the offset of `"leading"`.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas (`bool`, default to `False`):
+            diffusers' grids in noise level; they take precedence over `timestep_spacing`.
+        use_flow_sigmas (`bool`, *optional*):
+            Whether the path is that of flow matching ([`RectifiedFlow`]), where of the noise schedule only
+            `num_train_timesteps` counts. By default it is if the model predicts flows.
+        flow_shift (`float`, defaults to 1.0):
+            How much timesteps are shifted towards noise on that path, the `shift` of
+            [`FlowMatchEulerDiscreteScheduler`]; not with grids in noise level.
+        analytical_first_step (`bool`, defaults to `False`):
+            Take a first step with ε(x_T) := x_T, which needs no model call. It happens inside `init_noise_sigma`,
+            before the first of the `num_inference_steps`; pipelines that ignore `init_noise_sigma`
+            (`DDPMPipeline`, `DDIMPipeline`) leave out its rescaling, which is within 1% of one for usual schedules.
+
+    `time_grid` may also be one of diffusers' spacings; `None` is what the inherited keys say. All other arguments are
+    those of [`TableScheduler`].
+    """
+
+    _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]
+    process_class = VariancePreserving
+    choices = {
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": TIMESTEP_SPACINGS,
+        "time_grid": (None, *TIME_GRIDS, *TIMESTEP_SPACINGS),
+    }
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        continuous: bool = False,
+        prediction_type: str = "epsilon",
+        variance_type: str | None = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool | None = None,
+        flow_shift: float = 1.0,
+        time_grid: str | None = None,
+        analytical_first_step: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        if "shift" in config_dict and "beta_schedule" not in config_dict:  # that of a flow-matching scheduler
+            unknown = [
+                key for key in ("invert_sigmas", "shift_terminal", "stochastic_sampling") if config_dict.get(key)
+            ]
+            if unknown:
+                raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
+            shift = kwargs.pop("shift", config_dict["shift"])
+            own = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            config_dict = {"beta_schedule": "linear", **own, **config_dict}
+        _check_diffusion(config_dict)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    # --- the path and the prediction -------------------------------------------------------------------------------
+
+    @property
+    def _flows(self) -> bool:
+        flows = self.config.get("use_flow_sigmas")
+        return self.config["prediction_type"] == "flow_prediction" if flows is None else bool(flows)
+
+    def _process_class(self) -> type[LinearDiffusion]:
+        return RectifiedFlow if self._flows else self.process_class
+
+    def _conversion(self) -> Parametrisation:
+        return Parametrisation(self.config["prediction_type"])
+
+    # --- where the model is called ---------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ):
+        """
+        Set the timesteps and compute the table of weights. To be called before every sampling run.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                Number of model calls, from 1 to `num_train_timesteps` (one less with the analytical first step, which
+                needs a timestep of its own).
+            device (`str` or `torch.device`, *optional*):
+                Device of `timesteps`.
+            timesteps (`Sequence[float]`, *optional*):
+                Custom strictly decreasing timesteps, instead of `num_inference_steps`.
+            sigmas (`Sequence[float]`, *optional*):
+                Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
+                each is moved to the nearest timestep. On the path of flow matching they are the σ, from 1 down, before
+                they are shifted, as pipelines of such models pass them.
+            mu (`float`, *optional*):
+                What pipelines derive the shift from if the scheduler's `use_dynamic_shifting` is set: e^μ, or μ
+                itself with `time_shift_type="linear"`. Without that key it means nothing, as in diffusers.
+
+        Raises:
+            ValueError: If not exactly one of the three is given, or if it is out of range; if `mu` is missing where
+                it is needed.
+        """
+        dynamic = self._flows and self.config.get("use_dynamic_shifting", False)
+        if dynamic and mu is None:
+            raise ValueError("`mu` must be given if `use_dynamic_shifting` is set, got `mu=None`.")
+        self._shift = self.config["flow_shift"]
+        if dynamic and mu is not None:
+            self._shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+
+    def _visited(self, num_inference_steps, timesteps, sigmas) -> Levels:
+        levels = super()._visited(num_inference_steps, timesteps, sigmas)
+        if not self.config["analytical_first_step"]:
+            return levels
+        # GENIE's analytical first step: x̄₁ = x̄₀ + (γ₁ − γ₀)·x_T, with ε(x_T) := x_T and x̄₀ = x_T/α₀.
+        (alpha_0, alpha_1), (gamma_0, gamma_1) = levels.alphas[:2], levels.gammas[:2]
+        self.init_noise_sigma = float(alpha_1 * (1 / alpha_0 + gamma_1 - gamma_0))
+        return Levels(levels.timesteps[1:], levels.alphas[1:], levels.sigmas[1:], levels.path)
+
+    def _grid(self, num_inference_steps: int) -> np.ndarray:
+        """The timesteps of the analytical first step, of the model calls and, if it is noisy, of the end."""
+        process, config = self.process, self.config
+        free = int(config["analytical_first_step"])
+        limit = "`num_train_timesteps`" + (" less the analytical first step" if free else "")
+        self._check_count(num_inference_steps, process.num_train_timesteps - free, limit)
+        visited, end_is_noisy = num_inference_steps + free, config["final_sigmas_type"] == "sigma_min"
+        name = config["time_grid"] or next(
+            (name for flag, name in SIGMA_GRIDS.items() if config[flag]), config["timestep_spacing"]
+        )
+        if name in TIMESTEP_SPACINGS:
+            points = spaced_timesteps(process, name, visited, config["steps_offset"])
+        else:
+            # diffusers' own grids spend the last call at the smallest timestep
+            ends_before = end_is_noisy or (config["time_grid"] is not None and not config["denoising_step"])
+            points = time_grid(process, name, visited + int(ends_before))[:visited]
+        if self._flows and name not in NOISE_LEVEL_GRIDS:
+            points = process.shifted(points, self._shift)
+        points = np.append(points, process.timestep_min) if end_is_noisy else points
+        if process.is_discrete:
+            points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
+        # A noisy end after all timesteps there are is no step.
+        return np.maximum(points, process.timestep_min)
+
+    def _custom_points(self, timesteps, sigmas) -> np.ndarray:
+        if self._flows and sigmas is not None:
+            points = np.asarray(sigmas, dtype=np.float64)
+            if points.ndim != 1 or not (np.all(points > 0) and np.all(points <= 1) and np.all(np.diff(points) < 0)):
+                raise ValueError(f"`sigmas` must strictly decrease and lie between 0 and 1, got {sigmas}.")
+            timesteps, sigmas = self.process.shifted(points * self.process.timestep_max, self._shift).tolist(), None
+        points = super()._custom_points(timesteps, sigmas)
+        if self.config["analytical_first_step"]:
+            points = np.concatenate([[self.process.timestep_max], points])
+            if points[1] >= points[0]:
+                raise ValueError(
+                    f"With `analytical_first_step=True` the first of the custom timesteps must be below "
+                    f"{points[0]:g}, where the analytical step starts; got {points[1]:g}."
+                )
+        return points
+
+    # --- the forward process ---------------------------------------------------------------------------------------
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise`, as image-to-image pipelines of flow-matching models call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        The velocity that a model of this configuration is trained on, for timesteps of shape `(batch,)`.
+
+        It is v = α_t z − σ_t x_0 (Salimans & Ho, 2022), or z − x_0 with `prediction_type="flow_prediction"`, where
+        `sample` is x_0.
+        """
+        if self.config["prediction_type"] == "flow_prediction":
+            return noise - sample
+        alpha, sigma = self.process.coefficients(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ at the integer timesteps, float32, as diffusers' training scripts and some pipelines read it."""
+        process = self.process
+        if not process.is_discrete:
+            raise AttributeError("a process without integer timesteps has no `alphas_cumprod`")
+        return torch.from_numpy(process.alpha(np.arange(process.num_train_timesteps)) ** 2).float()
+
+
+def _check_diffusion(config: Mapping):
+    """Raise a `ValueError` if neither a model of variances β nor a flow is what the configuration describes."""
+    has_betas = any(config.get(key) is not None for key in ("beta_schedule", "beta_start", "trained_betas"))
+    found = [key for key in OTHER_DIFFUSIONS if key in config]
+    if not has_betas and found:
+        raise ValueError(
+            "`config` must describe a variance-preserving model with a noise schedule of betas, which is not here ("
+            + ", ".join(f"`{key}={config[key]!r}`" for key in found)
+            + "), or a flow-matching model: EDM, variance-exploding and consistency models need their own schedulers."
+        )
+    if config.get("snr_shift_scale") not in (None, 1, 1.0) or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "`config` must describe a model whose noise levels are those of its betas and that is called with integer "
+            f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
+            f"`timestep_type={config.get('timestep_type')!r}`."
+        )
