@@ -16,6 +16,9 @@ Weight = Any
 #: the weights of one step; what is not named has weight zero
 Row = dict[Term, Weight]
 
+#: in log(α/σ), by which the levels of a table may differ from those of the path that it is read for
+LEVEL_TOLERANCE = 1e-2
+
 #: what a row may weigh: states x; predictions ε and x_0; dε/dλ and what a network adds, both of a source; fresh noise
 TERMS = ("sample", "prediction", "data", "slope", "residual", "noise")
 
@@ -292,7 +295,10 @@ def read_table(entry: Mapping[str, Any], path: Any, steps: int | None, name: str
     model_levels = entry.get("model_levels")
     if model_levels is not None:
         model_levels = tuple(_numbers(values, "model_levels", name) for values in model_levels)
-    return Table(timesteps, alphas, sigmas, rows, corrections, model_levels, entry.get("learned_for"))
+    table = Table(timesteps, alphas, sigmas, rows, corrections, model_levels, entry.get("learned_for"))
+    if path is not None:
+        _check_levels(table, path, name)
+    return table
 
 
 def _translated(entry: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
@@ -304,6 +310,11 @@ def _translated(entry: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
     steps = len(entry["timesteps"])
     if "weights" in entry:
         of_residual = entry.get("residuals", [0.0] * steps)
+        if not len(entry["weights"]) == len(of_residual) == steps:
+            raise ValueError(
+                f"`tables` must have 'weights' and 'residuals' of each of {steps} steps, got {len(entry['weights'])} "
+                f"and {len(of_residual)}."
+            )
         rows = [
             {"sample": [of_sample], "prediction": of_predictions} | ({"residual": [residual]} if residual else {})
             for (of_sample, *of_predictions), residual in zip(entry["weights"], of_residual, strict=True)
@@ -390,4 +401,16 @@ def _check_timesteps(timesteps: np.ndarray, path: Any, name: str, steps: int):
         raise ValueError(
             f"`{name}` must have {steps} strictly decreasing timesteps between {high:g} and {low:g} for {steps} "
             f"model calls, got {[int(t) if t == int(t) else t for t in timesteps.tolist()]}."
+        )
+
+
+def _check_levels(table: Table, path: Any, name: str):
+    """A table of another noise schedule would sample, wrongly."""
+    alphas, sigmas = np.array([table.model_level(index) for index in range(len(table))]).T
+    with np.errstate(divide="ignore"):
+        missed = np.abs(np.log(alphas / sigmas) - path.log_snr(table.timesteps))
+    if not np.all(missed < LEVEL_TOLERANCE):
+        raise ValueError(
+            f"`{name}` must be for the noise levels of this model, got noise levels of another model: at its timestep "
+            f"{table.timesteps[missed.argmax()]:g} log(α/σ) differs by {missed.max():.3g}."
         )
