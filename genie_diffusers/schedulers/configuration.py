@@ -45,7 +45,9 @@ class SharedConfiguration:
                 bound.apply_defaults()
                 values = {name: value for name, value in bound.arguments.items() if name != "self"}
                 defaulted = sorted(set(values) - set(given))
-                self.register_to_config(**private, **values, _use_default_values=defaulted)
+                # The name, which diffusers adds when it saves, so that what is made of this configuration knows it too.
+                own_name = {"_class_name": type(self).__name__, "_use_default_values": defaulted}
+                self.register_to_config(**{**private, **values, **own_name})
                 args, kwargs = (), given
             own(self, *args, **_accepted(own, kwargs))
 

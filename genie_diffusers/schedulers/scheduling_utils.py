@@ -131,7 +131,7 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _inherits_tables_of(cls, config: Mapping) -> bool:
-        return cls.inherits_tables or config.get("_class_name", cls.__name__) == cls.__name__
+        return cls.inherits_tables or config.get("_class_name") == cls.__name__
 
     @classmethod
     def _choices(cls, key: str) -> Sequence[Any]:

@@ -171,5 +171,3 @@ def test_a_plan_moves_its_weights_once(noise):
     first = plan._on("step", torch.device("cpu"), torch.float64)
     step(plan, 0, (), noise(4, 3), noise(4, 3))
     assert plan._on("step", torch.device("cpu"), torch.float64) is first
-
-

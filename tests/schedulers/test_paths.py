@@ -68,7 +68,9 @@ def test_every_prediction_is_served_on_every_path(name, use_flow_sigmas, predict
     solver, options = SOLVERS[name]
     ends = []
     for kind in (prediction_type, "epsilon"):
-        scheduler = solver(prediction_type=kind, use_flow_sigmas=use_flow_sigmas, time_grid="uniform_lambda", **options)
+        scheduler = solver(
+            prediction_type=kind, use_flow_sigmas=use_flow_sigmas, time_grid="uniform_lambda", **options
+        )
         scheduler.set_timesteps(8)
         ends.append(draw(scheduler, start, mixture))
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-7)
@@ -144,7 +146,9 @@ def test_euler_of_diffusers_is_ddim_on_a_flow(noise):
 
 def test_the_path_of_a_configuration_is_that_of_its_keys():
     assert GenieScheduler(prediction_type="flow_prediction")._process_class() is RectifiedFlow
-    assert GenieScheduler(prediction_type="flow_prediction", use_flow_sigmas=False)._process_class() is not RectifiedFlow
+    assert (
+        GenieScheduler(prediction_type="flow_prediction", use_flow_sigmas=False)._process_class() is not RectifiedFlow
+    )
     assert GDDIMScheduler(use_flow_sigmas=True)._process_class() is RectifiedFlow
     from_euler = GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
     assert from_euler.config.use_flow_sigmas and from_euler.config.flow_shift == 3.0
