@@ -45,7 +45,7 @@ class SharedConfiguration:
                 bound.apply_defaults()
                 values = {name: value for name, value in bound.arguments.items() if name != "self"}
                 defaulted = sorted(set(values) - set(given))
-                # The name, which diffusers adds when it saves, so that what is made of this configuration knows it too.
+                # diffusers adds the name when it saves; what is made of this configuration is to know it too.
                 own_name = {"_class_name": type(self).__name__, "_use_default_values": defaulted}
                 self.register_to_config(**{**private, **values, **own_name})
                 args, kwargs = (), given

@@ -59,5 +59,5 @@ def test_weights_may_be_arrays():
 
 
 def test_others_are_refused():
-    with pytest.raises(ValueError, match="`prediction_type` must be one of epsilon, sample.*got 'score'"):
+    with pytest.raises(ValueError, match=r"`prediction_type` must be one of epsilon, sample.*got 'score'"):
         Parametrisation("score")
