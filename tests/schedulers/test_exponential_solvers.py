@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from genie_diffusers import ERSDEScheduler, GDDIMScheduler, GenieScheduler, RESScheduler
+from genie_diffusers import ERSDEScheduler, GDDIMScheduler, RESScheduler
 
 CONFIG = {"continuous": True, "final_sigmas_type": "sigma_min", "time_grid": "uniform_lambda"}
 
@@ -97,53 +97,3 @@ def test_the_second_order_of_er_sde_is_closer_to_fine_steps_of_the_same_noise(mi
         ends[order, count] = torch.cat([sample.mean(0), sample.std(0)])
     reference = ends[2, 160]
     assert (ends[2, 12] - reference).norm() < 0.7 * (ends[1, 12] - reference).norm()
-
-
-# --- a solver of somebody else ---------------------------------------------------------------------------------------
-
-
-class MidpointScheduler(GenieScheduler):
-    """What CONTRIBUTING.md shows: a row of one's own, an option of one's own, and every key of the family."""
-
-    def __init__(self, damping: float = 0.5, method: str = "taylor", **kwargs):
-        super().__init__()  # with or without arguments
-
-    def row(self, levels, index, known):
-        return super().row(levels, index, known) | {("noise", 0): 0.0 * self.config.damping}
-
-
-def test_a_derived_scheduler_has_every_key_and_its_own_defaults():
-    config = MidpointScheduler(beta_schedule="scaled_linear", damping=0.25).config
-    assert (config.method, config.beta_schedule, config.damping) == ("taylor", "scaled_linear", 0.25)
-    assert config.interpolation_order == 3 and config.time_grid is None
-
-
-def test_a_derived_scheduler_saves_and_loads(tmp_path):
-    MidpointScheduler(damping=0.25, time_grid="karras").save_pretrained(tmp_path)
-    loaded = MidpointScheduler.from_pretrained(tmp_path)
-    assert loaded.config.damping == 0.25 and loaded.config.time_grid == "karras"
-
-
-def test_an_argument_that_no_class_declares_is_an_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'dampng'"):
-        MidpointScheduler(dampng=0.25)
-
-
-def test_a_constructor_in_the_way_of_diffusers_works_too():
-    from diffusers.configuration_utils import register_to_config
-
-    class Decorated(GenieScheduler):
-        @register_to_config
-        def __init__(self, method: str = "taylor", beta_schedule: str = "scaled_linear"):
-            super().__init__()
-
-    config = Decorated(time_grid="karras").config
-    assert (config.method, config.beta_schedule, config.time_grid) == ("taylor", "scaled_linear", "karras")
-    assert Decorated.from_config(config).config.time_grid == "karras"
-
-
-def test_a_scheduler_without_rows_says_so():
-    from genie_diffusers import GaussianDiffusionScheduler
-
-    with pytest.raises(NotImplementedError, match="`GaussianDiffusionScheduler` must define `row`"):
-        GaussianDiffusionScheduler().set_timesteps(5)

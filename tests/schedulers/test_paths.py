@@ -1,4 +1,4 @@
-"""Path and prediction are two choices: every solver samples flow-matching models, and draws the same pictures there."""
+"""Path and prediction are two choices: every solver samples flow-matching models, and draws one picture there."""
 
 import numpy as np
 import pytest
