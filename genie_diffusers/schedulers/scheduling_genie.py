@@ -242,7 +242,7 @@ class GenieScheduler(TableScheduler):
     @property
     def _has_slopes(self) -> bool:
         """Whether there is a source, and it is one of derivatives."""
-        return self._slope_source is not None and self._tables is None
+        return self._term == "slope"
 
     @property
     def data_form(self) -> bool:

@@ -225,7 +225,7 @@ class GGDMScheduler(TableScheduler):
                     f"This run cannot start at step {begin}: its step {index} weighs what was seen at step "
                     f"{index - furthest}. Start at step 0, or use a scheduler or table without such weights."
                 )
-        if self._slope_source is None and any(what == "slope" for row in rows for what, _ in row):
+        if self._term != "slope" and any(what == "slope" for row in rows for what, _ in row):
             raise ValueError("This table weighs slopes: `attach` their source before `set_timesteps`.")
         super()._build(begin)
 

@@ -5,6 +5,8 @@ what the rows are; noise schedule, time grid, conversion of the model output, hi
 with diffusers' pipelines live here.
 """
 
+import inspect
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,10 +19,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..processes import LinearDiffusion, VariancePreserving
 from .time_grids import NOISE_LEVEL_GRIDS, TIMESTEP_SPACINGS, distinct_integers, spaced_timesteps, time_grid
+
+logger = logging.get_logger(__name__)
 
 #: (what, how many steps ago): ("sample", 0), ("sample", 1), ("prediction", 0), ("slope", 0), ("noise", 0), …
 Column = tuple[str, int]
@@ -41,6 +46,27 @@ SIGMA_GRIDS = {
     "use_lu_lambdas": "uniform_lambda",
     "use_beta_sigmas": "beta",
 }
+
+
+class Attachment:
+    """
+    A source, for as long as some scheduler holds this: acquired when it is made, and released when it is gone.
+
+    A copy of a scheduler shares it; a pickled one is detached, as one that was saved and loaded.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+        self.takes_output = _takes(source, "model_output")
+        if hasattr(source, "acquire"):
+            source.acquire()
+            weakref.finalize(self, source.release).atexit = False
+
+    def __deepcopy__(self, memo) -> "Attachment":
+        return self
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
@@ -77,7 +103,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self):
         self._process: Any = None
         self._process_key: tuple | None = None
-        self._slope_source: Any = None
+        self._attachment: Any = None
+        self._warned_of_clipping = False
         self._learned: dict = {}
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
@@ -212,6 +239,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(points)
         self._begin_index = self._step_index = None
         self._build(begin=0)
+        self._tell("begin")
+        self._tell("forget")
 
     def _check_config(self):
         """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
@@ -313,6 +342,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._slopes: deque = deque(maxlen=depth)
         self._previous_noise: torch.Tensor | None = None
         self._clips = bool(self.config.get("clip_sample") or self.config.get("thresholding"))
+        if self._clips and not self._warned_of_clipping and getattr(self._slope_source, "learned_unclipped", False):
+            self._warned_of_clipping = True
+            logger.warning(
+                "This scheduler has `clip_sample=True` or `thresholding=True`, but the attached head was learned "
+                "without clipping, and is less accurate with it: `from_config(config, clip_sample=False, "
+                "thresholding=False)` is what it was learned for."
+            )
         # All conversions of the model output are linear in (sample, output), so they are rows as well.
         to_data = [self._conversion(i, to_data=True) for i in steps]
         to_noise = [self._conversion(i, to_data=False) for i in steps]
@@ -416,10 +452,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 `source(sample, noise_prediction, timestep, *, step, history_slope) -> slope`, or `None` to detach.
                 `timestep` is a float, `step` the step in λ that is about to be taken (infinite for the last one to
                 clean data), `history_slope` the slope through this and the previous prediction, `None` at the
-                start. The slope has the shape of `sample`. A method `bind(process, prediction_type)` of the source,
-                if there is one, is called whenever the timesteps are set, and raises if the two do not fit.
+                start. A source that also takes `model_output` is given what `step` was, without variances. The slope
+                has the shape of `sample`. Methods of the source, if there are any, are called: `bind(process,
+                prediction_type)` whenever the timesteps are set, and raises if the two do not fit; `acquire()` now and
+                `release()` when the source is replaced or the scheduler is gone; `begin()` when a run begins;
+                `forget()` when a step is taken without the source.
 
-        An attachment is not part of the configuration: attach again after `from_config` or loading.
+        An attachment is not part of the configuration: attach again after `from_config` or loading. A deep copy of
+        the scheduler shares it.
+
+        Raises:
+            ValueError: If `source` is no source, does not fit, or the scheduler can use none.
         """
         source = getattr(source, "slope_source", source)
         if isinstance(source, ModelMixin):
@@ -429,10 +472,37 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             )
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
+        if source is not None and not self.takes_source:
+            raise ValueError(
+                f"`{type(self).__name__}` takes no slope source: its steps weigh predictions alone. Attach `source` "
+                "to a scheduler with `prediction_type`, such as `GenieScheduler`."
+            )
         self._bind(source)
-        self._slope_source = source
-        if self.num_inference_steps is not None:  # a run under way goes on as if it started here
-            self._build(self._built_for if self._step_index is None else self._step_index)
+        previous, self._attachment = self._attachment, None if source is None else Attachment(source)
+        try:
+            if self.num_inference_steps is not None:  # a run under way goes on as if it started here
+                self._build(self._built_for if self._step_index is None else self._step_index)
+        except ValueError:
+            self._attachment = previous
+            raise
+
+    @property
+    def takes_source(self) -> bool:
+        """Whether a source can be attached: it must be told what the model predicts."""
+        return "prediction_type" in self.config
+
+    @property
+    def _slope_source(self) -> Any:
+        return None if self._attachment is None else self._attachment.source
+
+    @property
+    def _term(self) -> str | None:
+        """What the attached source provides: "slope", dε/dλ, or "residual"."""
+        return None if self._attachment is None else getattr(self._slope_source, "term", "slope")
+
+    def _tell(self, event: str):
+        """Call the method `event` of the source, if it has one."""
+        getattr(self._slope_source, event, lambda: None)()
 
     def _bind(self, source: Any):
         if hasattr(source, "bind"):
@@ -509,16 +579,22 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         noise = self._apply("to_noise", index, given) if self._sloped & {index, index + 1} else None
         slope = None
         if noise is not None and index in self._sloped:
-            slope = self._slope(sample, noise, index)
+            slope = self._slope(sample, noise, index, model_output)
             # Where x_0 is held at a limit, dx_0/dλ = 0, and with it dε/dλ = −(α/σ) dx_0/dλ. Where thresholding
             # rescales a whole sample the slope is left out too.
             if self._clips:
                 slope = torch.where(data == own_data, slope, torch.zeros_like(slope))
+        else:
+            self._tell("forget")
         self._previous_noise = noise
         self._predictions.appendleft(prediction)
         self._slopes.appendleft(slope)
 
-    def _slope(self, sample: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
+    def _slope(
+        self, sample: torch.Tensor, noise: torch.Tensor, index: int, model_output: torch.Tensor
+    ) -> torch.Tensor:
+        if self._attachment is None:
+            raise ValueError("This scheduler lost its slope source when it was pickled: `attach` it again.")
         history_slope = None
         if self._previous_noise is not None:
             step = float(self.lambdas[index] - self.lambdas[index - 1])
@@ -531,6 +607,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             self._host_timesteps[index],
             step=float(self.lambdas[index + 1] - self.lambdas[index]),
             history_slope=history_slope,
+            **({"model_output": model_output} if self._attachment.takes_output else {}),
         )
         if slope.shape != sample.shape:
             raise ValueError(
@@ -637,6 +714,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`begin_index` must be between 0 and {self.num_inference_steps - 1}, got {begin_index}.")
         self._begin_index = int(begin_index)
         self._step_index = None
+        self._tell("begin")
         if self._begin_index != self._built_for:
             self._build(self._begin_index)
 
@@ -683,6 +761,14 @@ def _check_diffusion(config: Mapping):
             f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
             f"`timestep_type={config.get('timestep_type')!r}`."
         )
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether `function` has an argument called `name`."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # nothing is known of it
+        return False
 
 
 def _product(first: Weight, second: Weight) -> Weight:

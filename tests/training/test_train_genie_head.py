@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,6 +145,7 @@ def test_secant_tends_to_the_derivative_on_a_denoiser_smooth_in_time(prediction_
             v, data = (noise - sigma * sample) / alpha, (sample - sigma * noise) / alpha
             return SimpleNamespace(sample=v if prediction_type == "v_prediction" else data)
 
+        recording = nullcontext
         last_call = {"features": torch.zeros(1), "time_embedding": torch.zeros(1)}
 
     scheduler = GenieScheduler(continuous=True, prediction_type=prediction_type)
