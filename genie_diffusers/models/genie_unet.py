@@ -107,6 +107,8 @@ class HeadSlope(ModelSource):
         weights = self._weights(outputs, model_output, check)
         repeats = (branches, *(1,) * (sample.ndim - 1))
         dtype = self._head.dtype
+        if self._head.device != sample.device and self._head.device.type != "meta":
+            self._head.to(sample.device)  # group offloading takes it away with the UNet, which is done
         of_step = {}
         if isinstance(self._head, StepHead):
             history_slope = None if history_slope is None else history_slope.to(dtype).repeat(repeats)
@@ -266,8 +268,8 @@ def _check_in_memory(unet: torch.nn.Module):
     """Raise a `ValueError` for a UNet whose own hooks bring its weights where they are needed, and remove them."""
     offloaded = any(parameter.is_meta for parameter in unet.parameters())
     offloaded = offloaded and any(hasattr(module, "_hf_hook") for module in unet.modules())
-    registry = getattr(unet, "_diffusers_hook", None)
-    if offloaded or getattr(registry, "hooks", None):
+    registries = [getattr(module, "_diffusers_hook", None) for module in unet.modules()]
+    if offloaded or any("group_offloading" in getattr(registry, "hooks", ()) for registry in registries):
         raise ValueError(
             "`unet` must have its weights in memory, but they are offloaded (sequential CPU offload or group "
             "offload). Add the head first and offload then; `pipe.remove_all_hooks()` undoes sequential offload."

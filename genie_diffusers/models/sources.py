@@ -24,9 +24,6 @@ class ModelCall:
         self.sample, self.output, self.read = sample, output, read
 
 
-_NO_CALL = ModelCall()
-
-
 class _Register:
     """
     The last calls of one thread, as attributes and not as a list: `torch.compile` traces what is written here, and
@@ -35,7 +32,7 @@ class _Register:
 
     def __init__(self):
         for name in _SLOTS:
-            setattr(self, name, _NO_CALL)
+            setattr(self, name, ModelCall())  # not one for all, which a compiled call would check to be the same
         #: of the call in progress, if there is one
         self.in_call = False
         self.features = self.time_embedding = None
@@ -76,6 +73,7 @@ class CallRecord:
             self.recording = self.keeps_graph or self._listeners[False] > 0
             if not self.recording:
                 self._threads = threading.local()
+        self.register()  # there before a call is traced
 
     def register(self) -> Any:
         """That of this thread."""
@@ -94,7 +92,7 @@ class CallRecord:
         """The calls of this thread, the last one last; at most one more than `MAX_CALLS`."""
         register = self.register()
         calls = [getattr(register, name) for name in reversed(_SLOTS)]
-        return [call for call in calls if call is not _NO_CALL]
+        return [call for call in calls if call.sample is not None]
 
     def forget(self):
         """Forget the calls of this thread."""
