@@ -72,9 +72,6 @@ def model_costs(
     timestep = torch.tensor(500)
     exact = ExactSlope(model)
     exact.bind(scheduler.process, "epsilon")
-    sources = [model.slope_source, with_step_head.slope_source]
-    for source in sources:
-        source.bind(scheduler.process, "epsilon")
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
@@ -82,12 +79,15 @@ def model_costs(
 
     prediction = forward()
 
-    with torch.no_grad():
-        with_step_head(sample, timestep, class_labels=labels)  # what the step head reads
+    levels = float(scheduler.process.alpha(500)), float(scheduler.process.sigma(500))
 
     @torch.no_grad()
-    def head_slope(source=sources[0]):
-        source(sample, prediction, 500.0, step=0.5, history_slope=prediction)
+    def runs(unet: GenieUNet2DModel, *of_step):
+        """A call of the head of `unet`, with what it reads at hand."""
+        with unet.recording():
+            unet(sample, timestep, class_labels=labels)
+            read = unet.last_call["features"], unet.last_call["time_embedding"]
+        return torch.no_grad()(lambda: unet.derivative_head(sample, prediction, *read, *levels, *of_step))
 
     def exact_step():
         exact(sample, forward(), 500.0)
@@ -113,8 +113,8 @@ def model_costs(
     seconds = medians(
         repeats,
         forward=forward,
-        head=head_slope,
-        step_head=lambda: head_slope(sources[1]),
+        head=runs(model),
+        step_head=runs(with_step_head, 0.5, prediction),
         exact_slope_step=exact_step,
         forward_mode_training=forward_mode_training,
         double_backward_training=double_backward_training,
@@ -141,9 +141,9 @@ def double_backward_target(model: GenieUNet2DModel, scheduler: GenieScheduler, b
     alpha, sigma = process.coefficients(timesteps, batch["images"])
     sample = alpha * batch["images"] + sigma * batch["noise"]
     t_dot = torch.from_numpy(1.0 / process.log_snr_derivative(timesteps.numpy())).float()
-    with torch.no_grad():
+    with torch.no_grad(), model.recording():
         noise = model(sample, timesteps, class_labels=labels).sample
-    features, time_embedding = model.last_call["features"], model.last_call["time_embedding"]
+        features, time_embedding = model.last_call["features"], model.last_call["time_embedding"]
     velocity = sigma**2 * sample - sigma * noise
     times = timesteps.float()
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative

@@ -55,6 +55,7 @@ class OwnPaths:
 
     def __call__(self, sample, noise_prediction, timestep, **kwargs):
         def slope(branch: Noises) -> torch.Tensor:
+            self.source.forget()  # the call of the pipeline
             return self.source(sample, predict(self.unet, sample, torch.tensor(int(timestep)), branch), timestep)
 
         return combined(slope, self.unet, self.noises)
@@ -100,6 +101,7 @@ def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespa
 
     exact = ExactSlope(unet)
     sources = {"exact": exact, "head": unet.slope_source}
+    of_model = list(sources.values())
     sources |= {f"{name}{OWN_PATHS}": OwnPaths(unet, source, noises) for name, source in list(sources.items())}
     for source in sources.values():
         source.bind(teacher.process, teacher.config.prediction_type)
@@ -116,6 +118,8 @@ def measure(unet: GenieUNet2DModel, config, scale: float, args: argparse.Namespa
 
         slopes = {"secant in time": secant(noises), f"secant in time{OWN_PATHS}": combined(secant, unet, noises)}
         for name, source in sources.items():
+            for each in of_model:
+                each.forget()
             predict(unet, state, torch.tensor(timestep), noises)  # the call that the sources of both branches refer to
             slopes[name] = source(state, predictions[i], float(timestep))
         for name, slope in slopes.items():

@@ -124,7 +124,7 @@ def step_head_step(denoiser: Conditioned, head: StepHead, steps: int) -> int:
     }
     head.register_to_config(tables={str(steps): table})
     scheduler = GenieScheduler()
-    scheduler.attach(denoiser)
+    scheduler.attach(denoiser.slope_source.differentiable())
     scheduler.set_timesteps(steps)
     side = denoiser.config.sample_size
     with LivingBytes(denoiser) as living:

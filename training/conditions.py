@@ -134,6 +134,9 @@ class Conditioned(torch.nn.Module):
     def last_call(self):
         return self.unet.last_call
 
+    def recording(self):
+        return self.unet.recording()
+
     def null_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Those of the empty prompt beside the picture of each label."""
         return labels % self.count + self.count

@@ -227,7 +227,8 @@ def sample_by(
         fresh (`torch.Tensor` of shape `(steps, *noises.noise.shape)`, *optional*):
             The noise that the steps add; not needed by a deterministic table.
         prediction_type (`str`): What the denoiser predicts.
-        slope_source (*optional*): As for [`~TableScheduler.attach`], already bound.
+        slope_source (*optional*):
+            As for [`~TableScheduler.attach`], already bound. A head must be `differentiable()` to learn through it.
         rematerialise (`bool`, defaults to `True`):
             Keep of each call of the denoiser only what goes in, and call it again in the backward pass, so that memory
             is that of one call. With `False` everything is kept.
@@ -243,6 +244,8 @@ def sample_by(
         raise ValueError("This table weighs slopes, and there is no `slope_source`.")
 
     def call(sample, timestep, alpha, sigma, index):
+        if hasattr(slope_source, "forget"):  # what other steps have called, or a backward pass again
+            slope_source.forget()
         output = predict(unet, sample, timestep, noises).to(dtype)
         if index not in sloped:
             return output, None

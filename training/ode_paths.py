@@ -104,6 +104,8 @@ def in_batches(function, noises: Noises, batch_size: int, device: torch.device) 
 class TablesAlone:
     """The slope source of a head without its network: nothing is added to what the tables weigh."""
 
+    term = "residual"
+
     def __init__(self, tables: dict[str, dict]):
         self.tables = {steps: {**table, "residuals": [0.0] * int(steps)} for steps, table in tables.items()}
 

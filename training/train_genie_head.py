@@ -146,8 +146,9 @@ class SlopeDistillation:
         host_timesteps, timesteps = timesteps, timesteps.to(device)
 
         labels, other = self._branches(batch, device)
-        noise_prediction = self._predict(sample, timesteps, labels, alpha, sigma)
-        features, time_embedding = self.unet.last_call["features"], self.unet.last_call["time_embedding"]
+        with self.unet.recording():
+            noise_prediction = self._predict(sample, timesteps, labels, alpha, sigma)
+            features, time_embedding = self.unet.last_call["features"], self.unet.last_call["time_embedding"]
         if other is not None:
             # The point moves along the guided path, whichever of its two branches is differentiated.
             class_branch, scale = other["labelled"], other["scale"]

@@ -258,8 +258,8 @@ class Sampler:
         self.unet, self.args, self.prediction_type = unet, args, scheduler.config.prediction_type
         self.slope_source = None
         if args.derivative_head is not None:
-            self.slope_source = unet.slope_source
-            if self.slope_source.tables is not None:
+            self.slope_source = unet.slope_source.differentiable()
+            if self.slope_source.term != "slope":
                 raise ValueError(f"`--derivative_head` must be a `DerivativeHead`, got {args.derivative_head}.")
             self.slope_source.bind(scheduler.process, self.prediction_type)
 

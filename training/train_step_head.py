@@ -227,7 +227,8 @@ def main(args: argparse.Namespace) -> None:
         head.register_to_config(tables=StepHead.load_config(tables)["tables"])
         pictures = computed_once(args, "trajectories.safetensors", [*conditions, *of_pictures], write_pictures)
     pictures = load_file(pictures)
-    scheduler.attach(unet)
+    # through every step of the chain, the features of the frozen UNet included
+    scheduler.attach(unet.slope_source.differentiable())
 
     optimizer = adamw(args, head.parameters())
     lr_scheduler = get_scheduler(

@@ -184,9 +184,14 @@ class Plan:
         ]
         weights = [weight for row in rows for _, weight in row]
         if not any(torch.is_tensor(weight) or np.ndim(weight) for weight in weights):
-            moved = iter(torch.tensor(weights, dtype=torch.float64).to(device=device, dtype=dtype).unbind())
+            moved = iter(
+                torch.tensor(weights, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype).unbind()
+            )
         else:  # learned ones keep their graph
-            moved = (torch.as_tensor(weight).to(device=device, dtype=dtype) for weight in weights)
+            moved = (
+                torch.as_tensor(weight, device=getattr(weight, "device", "cpu")).to(device=device, dtype=dtype)
+                for weight in weights
+            )
         return [[(term, next(moved)) for term, _ in row] for row in rows]
 
     def _dense(self, device, dtype) -> list:

@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging
@@ -66,7 +69,7 @@ class UNetHead(ModelMixin, ConfigMixin):
             )
         own = VariancePreserving.from_config(self.config.process or {})
         same = own.is_discrete == process.is_discrete and own.num_train_timesteps == process.num_train_timesteps
-        probe = torch.linspace(own.timestep_min, own.timestep_max, 33).numpy()
+        probe = np.linspace(own.timestep_min, own.timestep_max, 33, dtype=np.float32)
         if not same or abs(own.log_snr(probe) - process.log_snr(probe)).max() > 1e-3:
             raise ValueError(
                 "This head was distilled for another noise schedule than the scheduler's: "
@@ -190,14 +193,24 @@ def fingerprint(model: torch.nn.Module) -> list[float]:
 
     Each weight w of two or more dimensions adds ⟨w, c⟩/‖w‖ to one of them, over its first 4,096 elements, c_i = cos i.
     """
-    weights = [
-        parameter
-        for name, parameter in sorted(model.named_parameters())
-        if parameter.ndim > 1 and not name.startswith("derivative_head.") and "lora" not in name
-    ]
+    weights = [parameter for _, parameter in sorted(_base_weights(model)) if parameter.ndim > 1]
     sums = [0.0] * 8
     for i, weight in enumerate(weights):
         start = weight.detach().flatten()[:4096].double().cpu()
-        pattern = torch.cos(torch.arange(start.numel(), dtype=torch.float64))
+        pattern = torch.cos(torch.arange(start.numel(), dtype=torch.float64, device="cpu"))
         sums[i % 8] += float(start @ pattern) / max(float(start.norm()), torch.finfo(torch.float64).tiny)
     return [round(value / math.sqrt(max(1, len(weights) / 8)), 6) for value in sums]
+
+
+def _base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The weights of `model` that are of no head and no adapter, by the names they have without them."""
+    added = ["derivative_head."]
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # of PEFT: what it wraps, beside what it adds
+            added += [f"{name}.{child}." for child, _ in module.named_children() if child != "base_layer"]
+            added += [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+        elif name.endswith(".processor") or isinstance(module, MultiIPAdapterImageProjection):
+            added.append(f"{name}.")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(added)):
+            yield name.replace("base_layer.", ""), parameter

@@ -1,16 +1,22 @@
 """Exact dε/dλ along the probability-flow ODE, by forward-mode automatic differentiation of the denoiser."""
 
 import inspect
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..processes import VariancePreserving
-from .guidance import RunCheck, branch_weights, count_branches
+from .guidance import holds
+from .sources import CallRecord, ModelCall, ModelSource, map_tensors
+
+#: levels of forward mode and the choice of an attention kernel are those of the process, not of a thread
+_FORWARD_MODE = threading.RLock()
 
 
-class ExactSlope:
+class ExactSlope(ModelSource):
     """
     A slope source for [`GenieScheduler.attach`] that differentiates the denoiser itself.
 
@@ -25,7 +31,8 @@ class ExactSlope:
     Args:
         model (`torch.nn.Module`):
             The denoiser, such as `pipe.unet`: called with the sample first and a `timestep`. Its weights and modules
-            are left as they are; a forward hook remembers the last call until [`~ExactSlope.remove`].
+            are left as they are; a forward hook remembers its calls since the last step, until the source is detached,
+            garbage or [`~ExactSlope.remove`]d.
 
     Example:
 
@@ -35,27 +42,21 @@ class ExactSlope:
     """
 
     def __init__(self, model: torch.nn.Module):
+        self._hooked = model
         self._model = getattr(model, "_orig_mod", model)  # forward mode needs the module behind `torch.compile`
         self._signature = inspect.signature(self._model.forward)
-        self._call: inspect.BoundArguments | None = None
-        self._output: torch.Tensor | None = None
-        self._recording = True
-        self._process: VariancePreserving | None = None
-        self._check = RunCheck()
-        self._hook = model.register_forward_hook(self._record, with_kwargs=True)
+        super().__init__(_Arguments())
 
-    def remove(self):
-        """Take the hook off the denoiser and forget its last call."""
-        self._hook.remove()
-        self._call = self._output = None
+    def _start(self) -> Callable[[], None]:
+        record: Any = self._record
+        record.start()
+        hook = self._hooked.register_forward_hook(record.keep_call, with_kwargs=True)
 
-    def bind(self, process: VariancePreserving, prediction_type: str):
-        """Called by the scheduler with the diffusion it samples and what the denoiser predicts."""
-        self._process, self._prediction_type = process, prediction_type
+        def stop():
+            hook.remove()
+            record.stop()
 
-    def _record(self, module, args, kwargs, output):
-        if self._recording:
-            self._call, self._output = self._signature.bind(*args, **kwargs), _tensor(output)
+        return stop
 
     @torch.no_grad()
     def __call__(
@@ -66,74 +67,126 @@ class ExactSlope:
         *,
         step: float | None = None,
         history_slope: torch.Tensor | None = None,
+        model_output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         dε/dλ at `sample`, along the velocity of `noise_prediction`; shape of `sample`.
 
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, ...)`): What the denoiser was called with.
+            noise_prediction (`torch.Tensor` of the same shape): ε, the guided one under guidance.
+            timestep (`float`): Of the sample.
+            step, history_slope (*optional*): Of heads; nothing here.
+            model_output (`torch.Tensor` of the same shape, *optional*):
+                What the pipeline has made of the denoiser's outputs. Without it, it is computed from
+                `noise_prediction`, less exactly.
+
         Raises:
-            ValueError: If the denoiser was not called with `sample`, or its outputs do not combine to the prediction.
+            ValueError: If the denoiser was not called with `sample` and `timestep`, its outputs do not combine to the
+                prediction, or it has hooks of diffusers, such as group offloading.
         """
-        if self._call is None or self._output is None or self._process is None:
+        if not self._record.calls() or self._process is None:
             raise ValueError(
                 "`ExactSlope` needs its model to be called before `step`, by the pipeline it is attached to."
             )
-        arguments = dict(self._call.arguments)
+        check = self._check(sample.device)
+        calls, counts = self._branches(sample, check)
+        _check_differentiable(self._model)
+        alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
+        # Eq. (1): the velocity of the sample, zero on further channels.
+        velocity = velocity_of(sample, noise_prediction, sigma, self._prediction_type)
+        time_dot = 1.0 / float(self._process.log_snr_derivative(timestep))
+        with self._record.set_aside(), forward_mode(self._model):
+            velocities = [velocity.repeat(count, *(1,) * (sample.ndim - 1)) for count in counts]
+            derivatives = [
+                self._derivative(call, direction, timestep, time_dot, check)
+                for call, direction in zip(calls, velocities, strict=True)
+            ]
+            outputs_dot = self._stacked(derivatives, sample)
+        # The outputs that were guided with: those of forward mode are rounded otherwise.
+        outputs = self._stacked([call.output for call in calls], sample)
+        if model_output is None:
+            model_output = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
+        weights = self._weights(outputs, model_output, check)
+        output, output_dot = outputs[0], outputs_dot[0]
+        if weights is not None:
+            output, output_dot = (weights * outputs).sum(0), (weights * outputs_dot).sum(0)
+        self.forget()
+        return slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self._prediction_type)
+
+    def _derivative(
+        self, call: ModelCall, velocity: torch.Tensor, timestep: float, time_dot: float, check: bool
+    ) -> torch.Tensor:
+        """The derivative of the output of `call` if its sample moves with `velocity` and its time with `time_dot`."""
+        device = call.sample.device
+        outside: Any = nullcontext()
+        args, kwargs = call.read
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            # Forward mode does not know autocast: the weights' own precision, in which nothing is lost.
+            dtype = next(weight.dtype for weight in self._model.parameters() if weight.is_floating_point())
+            outside = torch.autocast(device.type, enabled=False)
+            args, kwargs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
+        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         sample_name = next(iter(self._signature.parameters))
         model_input = arguments[sample_name]
-        check = self._check(timestep, sample.device)
-        branches = count_branches(model_input, sample, check)
-        if check and not torch.allclose(
-            torch.as_tensor(arguments.get("timestep", timestep)).double().cpu(), torch.tensor(timestep).double()
-        ):
+        given = torch.as_tensor(arguments.get("timestep", timestep), device=device).float()
+        if check and not holds(torch.isclose(given, torch.full_like(given, timestep)).all()):
             raise ValueError(
                 f"`ExactSlope` needs a model that is called with the scheduler's timestep {timestep:g}, got "
                 f"`timestep={arguments['timestep']}`."
             )
-        alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
-        # Eq. (1): the velocity of the sample, zero on further channels.
-        velocity = velocity_of(sample, noise_prediction, sigma, self._prediction_type)
         x_dot = torch.zeros_like(model_input)
-        x_dot[:, : sample.shape[1]] = velocity.repeat(branches, *(1,) * (sample.ndim - 1))
-        time = torch.full((model_input.shape[0],), timestep, device=sample.device, dtype=torch.float32)
-        time_dot = torch.full_like(time, 1.0 / float(self._process.log_snr_derivative(timestep)))
+        x_dot[:, : velocity.shape[1]] = velocity
+        time = torch.full((model_input.shape[0],), timestep, device=device, dtype=torch.float32)
 
         def denoise(x, t):
             call = inspect.BoundArguments(self._signature, {**arguments, sample_name: x, "timestep": t})
-            return _tensor(self._model(*call.args, **call.kwargs))[:, : sample.shape[1]]
+            return _tensor(self._model(*call.args, **call.kwargs))[:, : velocity.shape[1]]
 
-        self._recording = False
-        try:
-            with forward_mode(self._model):
-                output_dot = torch.func.jvp(denoise, (model_input, time), (x_dot, time_dot))[1]
-        finally:
-            self._recording = True
-        # The outputs that were guided with: those of forward mode are rounded otherwise.
-        output = self._output[:, : sample.shape[1]]
-        if branches > 1:
-            shape = (branches, sample.shape[0])
-            outputs, outputs_dot = output.unflatten(0, shape), output_dot.unflatten(0, shape)
-            guided = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
-            weights = branch_weights(outputs, guided, check)
-            output, output_dot = (weights * outputs).sum(0), (weights * outputs_dot).sum(0)
-        return slope_of_noise(output, output_dot, sample, velocity, alpha, sigma, self._prediction_type)
+        with outside:
+            return torch.func.jvp(denoise, (model_input, time), (x_dot, torch.full_like(time, time_dot)))[1]
+
+
+class _Arguments(CallRecord):
+    """The calls of a denoiser, by a hook on it."""
+
+    def keep_call(self, module, args, kwargs, output):
+        if self.recording:
+            args, kwargs, output = map_tensors(_detached, (args, kwargs, _tensor(output)))
+            sample = args[0] if args else next(iter(kwargs.values()))
+            self.add(ModelCall(sample, output, (args, kwargs)))
 
 
 @contextmanager
 def forward_mode(model: torch.nn.Module):
     """
-    Inside, `torch.func.jvp` works through `model`; outside, nothing about it is changed.
+    Inside, `torch.func.jvp` works through `model`, for one thread at a time; outside, nothing about it is changed.
 
     Fused attention has no forward-mode rule, so attention is the plain one; group normalisation needs contiguous
-    tangents, so its inputs are copied to that format.
+    tangents, so its inputs are copied to that format. What heads read of the calls inside is forgotten.
     """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(_contiguous_input) for norm in norms]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = list(model.modules())
+    records = [record for module in modules if isinstance(record := vars(module).get("_calls"), CallRecord)]
+    norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
+    with _FORWARD_MODE, ExitStack() as stack:
+        for record in records:
+            stack.enter_context(record.set_aside())
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(_contiguous_input).remove)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def _check_differentiable(model: torch.nn.Module):
+    """Raise a `ValueError` if diffusers' hooks change weights or skip layers while the model is called."""
+    for name, module in model.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            raise ValueError(
+                f"`ExactSlope` cannot differentiate a model with hooks of diffusers, and {name or 'its top'!r} has "
+                f"{', '.join(hooks)}. Sample without it (`scheduler.attach(None)`), or without group "
+                "offloading, layerwise casting and caches; accelerate's CPU offload works."
+            )
 
 
 def velocity_of(sample: torch.Tensor, noise_prediction: torch.Tensor, sigma, prediction_type: str) -> torch.Tensor:
@@ -193,6 +246,10 @@ def to_model_output(
 
 def _tensor(output) -> torch.Tensor:
     return output if torch.is_tensor(output) else output[0]
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _contiguous_input(module, args):

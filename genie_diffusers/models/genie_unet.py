@@ -1,46 +1,70 @@
 """UNets that carry a head. Their output is that of the plain UNet."""
 
-import functools
+import copy
 import inspect
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here when a pipeline is loaded)
 
-from ..processes import VariancePreserving
 from .derivative_head import DerivativeHead, UNetHead
 from .exact_slope import to_model_output
-from .guidance import RunCheck, branch_weights, count_branches
+from .sources import CallRecord, ModelCall, ModelSource
 from .step_head import StepHead
 
 Model = TypeVar("Model", bound="_GenieUNet")
 
 
-class HeadSlope:
+class HeadSlope(ModelSource):
     """
     The slope source of a UNet with a head: what the head makes of the UNet's last call, at the cost of the head.
 
-    With a [`DerivativeHead`] that is dε/dλ; with a [`StepHead`] it is what its `tables` weigh in the place of a slope.
+    With a [`DerivativeHead`] that is dε/dλ, the term "slope" of a row; with a [`StepHead`] it is its "residual".
+
+    Args:
+        unet ([`GenieUNet2DModel`] or [`GenieUNet2DConditionModel`]):
+            The UNet.
+        keeps_graph (`bool`, defaults to `False`):
+            Whether gradients flow back through what the head has read of the UNet, to the sample of the step. Only for
+            training through several steps: until a step has used them, all activations of a call are kept.
     """
 
-    def __init__(self, unet: "_GenieUNet"):
+    #: heads and their tables are learned without clipping
+    learned_unclipped = True
+
+    def __init__(self, unet: "_GenieUNet", keeps_graph: bool = False):
         if unet.derivative_head is None:
             raise ValueError(f"This `{type(unet).__name__}` has no head; build it with `from_unet`.")
-        self._unet, self._head = unet, unet.derivative_head
-        self._check = RunCheck()
+        self._unet, self._head, self._keeps_graph = unet, unet.derivative_head, keeps_graph
+        super().__init__(unet._calls)
+
+    def _start(self) -> Callable[[], None]:
+        record, keeps_graph = self._record, self._keeps_graph
+        record.start(keeps_graph)
+        return lambda: record.stop(keeps_graph)
+
+    @property
+    def term(self) -> str:  # type: ignore[override]
+        return "residual" if isinstance(self._head, StepHead) else "slope"
 
     @property
     def tables(self) -> dict | None:
         """The tables that the head was distilled with, by number of model calls; `None` for a derivative."""
         return self._head.config.tables if isinstance(self._head, StepHead) else None
 
-    def bind(self, process: VariancePreserving, prediction_type: str):
+    def differentiable(self) -> "HeadSlope":
+        """A source like this one, but with `keeps_graph=True`."""
+        return HeadSlope(self._unet, keeps_graph=True)
+
+    def bind(self, process, prediction_type: str):
         """Called by the scheduler; raises a `ValueError` if the head was distilled for another diffusion."""
         self._head.check_process(process, prediction_type)
-        self._process, self._prediction_type = process, prediction_type
+        super().bind(process, prediction_type)
 
     def __call__(
         self,
@@ -50,24 +74,41 @@ class HeadSlope:
         *,
         step: float | None = None,
         history_slope: torch.Tensor | None = None,
+        model_output: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The head's output at `sample`, along the velocity of `noise_prediction`; shape of `sample`.
 
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): What the UNet was called with.
+            noise_prediction (`torch.Tensor` of the same shape): ε, the guided one under guidance.
+            timestep (`float`): Of the sample.
+            step (`float`): Step in λ about to be taken, infinite for the last one. Of a [`StepHead`] alone.
+            history_slope (`torch.Tensor`, *optional*): Slope of the history; of a [`StepHead`] alone.
+            model_output (`torch.Tensor` of the same shape, *optional*):
+                What the pipeline has made of the UNet's outputs. Without it, it is computed from `noise_prediction`,
+                less exactly.
+
         Raises:
             ValueError: If the UNet was not called with `sample`, or its outputs do not combine to the prediction.
         """
-        call = self._unet.last_call
-        if call is None:
+        if not self._record.calls() or self._process is None:
             raise ValueError(
                 "The UNet must be called before `step`, by the pipeline its head is attached to. A pipeline that "
                 "builds a UNet of its own, such as AnimateDiff, samples without a head: `scheduler.attach(None)`."
             )
-        check = self._check(timestep, sample.device)
-        branches = count_branches(call["sample"], sample, check)
+        check = self._check(sample.device)
+        calls, counts = self._branches(sample, check)
+        branches = sum(counts)
         alpha, sigma = float(self._process.alpha(timestep)), float(self._process.sigma(timestep))
+        outputs = self._stacked([call.output for call in calls], sample)
+        if model_output is None:
+            model_output = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
+        weights = self._weights(outputs, model_output, check)
         repeats = (branches, *(1,) * (sample.ndim - 1))
         dtype = self._head.dtype
+        if self._head.device != sample.device and self._head.device.type != "meta":
+            self._head.to(sample.device)  # group offloading takes it away with the UNet, which is done
         of_step = {}
         if isinstance(self._head, StepHead):
             history_slope = None if history_slope is None else history_slope.to(dtype).repeat(repeats)
@@ -75,18 +116,44 @@ class HeadSlope:
         slopes = self._head(
             sample.to(dtype).repeat(repeats),
             noise_prediction.to(dtype).repeat(repeats),
-            call["features"].to(dtype),
-            call["time_embedding"].to(dtype),
+            *(torch.cat([call.read[name] for call in calls]).to(dtype) for name in ("features", "time_embedding")),
             alpha,
             sigma,
             **of_step,
         )
-        if branches == 1:
+        self.forget()
+        if weights is None:
             return slopes
-        shape = (branches, sample.shape[0])
-        outputs = call["output"][:, : sample.shape[1]].unflatten(0, shape)
-        guided = to_model_output(noise_prediction, sample, alpha, sigma, self._prediction_type)
-        return (branch_weights(outputs, guided, check) * slopes.unflatten(0, shape)).sum(0)
+        return (weights * slopes.unflatten(0, (branches, sample.shape[0]))).sum(0)
+
+
+class _UNetCalls(CallRecord):
+    """The calls of a UNet with a head, by hooks on the UNet and on two of its modules, which are its own."""
+
+    def open_call(self, module, args):
+        if self.recording:
+            self.register().in_call = True
+
+    # A forward pass outside a call is one that a backward pass repeats (gradient checkpointing).
+
+    def keep_time_embedding(self, module, args, output):
+        if self.recording and self.register().in_call:
+            self.register().time_embedding = output
+
+    def keep_features(self, module, args):
+        if self.recording and self.register().in_call:
+            self.register().features = args[0]
+
+    def keep_call(self, module, args, kwargs, output):
+        if not self.recording or not self.register().in_call:
+            return
+        register = self.register()
+        sample = args[0] if args else kwargs["sample"]
+        kept = [sample, output[0], register.features, register.time_embedding]
+        register.in_call, register.features, register.time_embedding = False, None, None
+        if not self.keeps_graph:
+            kept = [tensor.detach() for tensor in kept]
+        self.add(ModelCall(kept[0], kept[1], {"features": kept[2], "time_embedding": kept[3]}))
 
 
 class _GenieUNet(torch.nn.Module):
@@ -99,24 +166,40 @@ class _GenieUNet(torch.nn.Module):
     config: Any
 
     derivative_head: UNetHead | None
-    last_call: dict[str, torch.Tensor] | None
+    _calls: _UNetCalls
 
     def _add_head(self, config: dict | None):
         # The nested configuration is a plain dictionary, so that it is saved as JSON in the UNet's own.
         self.register_to_config(derivative_head_config=dict(config) if config is not None else None)
         self.derivative_head = None if config is None else _head_class(config).from_config(dict(config))
-        self.last_call = None
+        self._calls = _UNetCalls()
+        self.register_forward_pre_hook(self._calls.open_call)
+        self.register_forward_hook(self._calls.keep_call, with_kwargs=True)
         self._record_from_children()
 
     def _record_from_children(self):
-        self.time_embedding.register_forward_hook(self._keep_time_embedding)
-        self.conv_norm_out.register_forward_pre_hook(self._keep_features)
+        self.time_embedding.register_forward_hook(self._calls.keep_time_embedding)
+        self.conv_norm_out.register_forward_pre_hook(self._calls.keep_features)
 
-    def _keep_time_embedding(self, module, args, output):
-        self._time_embedding = output
+    @property
+    def last_call(self) -> dict[str, torch.Tensor] | None:
+        """
+        What the head reads of this thread's last call: `"sample"`, `"output"`, `"features"`, `"time_embedding"`.
 
-    def _keep_features(self, module, args):
-        self._features = args[0]
+        It is recorded while a scheduler has the head attached that has not used it yet, and inside
+        [`~GenieUNet2DModel.recording`]; otherwise `None`.
+        """
+        calls = self._calls.calls()
+        return {"sample": calls[-1].sample, "output": calls[-1].output, **calls[-1].read} if calls else None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, `last_call` is what the head reads of the last call."""
+        self._calls.start()
+        try:
+            yield
+        finally:
+            self._calls.stop()
 
     @property
     def slope_source(self) -> HeadSlope:
@@ -133,6 +216,8 @@ class _GenieUNet(torch.nn.Module):
         """
         The same UNet with a head. Its weights are shared with `unet`, not copied, and so are its adapters.
 
+        `unet` itself is left as it is. It may be one that `torch.compile` has returned; the result is not compiled.
+
         Args:
             unet: The plain UNet.
             derivative_head ([`DerivativeHead`], [`StepHead`] or `str`):
@@ -141,8 +226,10 @@ class _GenieUNet(torch.nn.Module):
                 Passed to the head's `from_pretrained`, such as `subfolder`, `revision` or `token`.
 
         Raises:
-            ValueError: If the head does not fit the UNet.
+            ValueError: If the head does not fit the UNet, or the UNet's weights are offloaded.
         """
+        unet = getattr(unet, "_orig_mod", unet)
+        _check_in_memory(unet)
         if isinstance(derivative_head, UNetHead):
             head = derivative_head
         elif isinstance(derivative_head, (str, os.PathLike)):
@@ -157,10 +244,10 @@ class _GenieUNet(torch.nn.Module):
         config = {key: value for key, value in unet.config.items() if key in inspect.signature(cls).parameters}
         with torch.device("meta"):
             model = cls(**{**config, "derivative_head_config": _plain(head)})
-        # Children are shared whole, with whatever adapters and hooks they carry.
+        # Children are shared whole, with whatever adapters and hooks they carry, but for the two that are listened to.
         for name, child in unet.named_children():
             if name != "derivative_head":
-                setattr(model, name, child)
+                setattr(model, name, _twin(child) if name in ("time_embedding", "conv_norm_out") else child)
         # What adapters have noted beside the children: the names of LoRAs, the kind of an IP-Adapter.
         for name in ("peft_config", "_hf_peft_config_loaded"):
             if name in vars(unet):
@@ -170,7 +257,40 @@ class _GenieUNet(torch.nn.Module):
         model._record_from_children()
         # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
         model.derivative_head = torch.nn.Module.to(head, device=unet.device, dtype=unet.dtype)
+        if hasattr(unet, "_hf_hook"):  # of model offloading, or of weights on several devices
+            from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+            add_hook_to_module(model, unet._hf_hook)
         return model.train(unet.training)
+
+
+def _check_in_memory(unet: torch.nn.Module):
+    """Raise a `ValueError` for a UNet whose own hooks bring its weights where they are needed, and remove them."""
+    offloaded = any(parameter.is_meta for parameter in unet.parameters())
+    offloaded = offloaded and any(hasattr(module, "_hf_hook") for module in unet.modules())
+    registries = [getattr(module, "_diffusers_hook", None) for module in unet.modules()]
+    if offloaded or any("group_offloading" in getattr(registry, "hooks", ()) for registry in registries):
+        raise ValueError(
+            "`unet` must have its weights in memory, but they are offloaded (sequential CPU offload or group "
+            "offload). Add the head first and offload then; `pipe.remove_all_hooks()` undoes sequential offload."
+        )
+
+
+def _twin(child: torch.nn.Module) -> torch.nn.Module:
+    """
+    A module with hooks of its own whose parameters and children are those of `child`, whatever becomes of them: moved,
+    offloaded or replaced by an adapter.
+    """
+    twin = copy.copy(child)
+    for name, hooks in vars(child).items():
+        if isinstance(hooks, OrderedDict) and "_hooks" in name:
+            setattr(twin, name, OrderedDict((key, hook) for key, hook in hooks.items() if not _listens(hook)))
+    return twin
+
+
+def _listens(hook) -> bool:
+    """Whether `hook` is that of another head, added to this UNet before."""
+    return isinstance(getattr(hook, "__self__", None), CallRecord)
 
 
 def _head_class(config: dict) -> type[UNetHead]:
@@ -192,23 +312,6 @@ def _with_head_argument(init, base):
     return init
 
 
-def _recorded(forward):
-    """The forward method of a plain UNet; what the head reads is kept until the next call."""
-
-    @functools.wraps(forward)  # the signature too, by which `ExactSlope` and pipelines call
-    def record(self, sample: torch.Tensor, *args, **kwargs):
-        output = forward(self, sample, *args, **kwargs)
-        self.last_call = {
-            "sample": sample,
-            "output": output[0],
-            "features": self._features,
-            "time_embedding": self._time_embedding,
-        }
-        return output
-
-    return record
-
-
 class GenieUNet2DModel(_GenieUNet, UNet2DModel):
     """
     A [`UNet2DModel`] with a head, for [`GenieScheduler.attach`].
@@ -228,7 +331,6 @@ class GenieUNet2DModel(_GenieUNet, UNet2DModel):
         self._add_head(derivative_head_config)
 
     __init__ = _with_head_argument(__init__, UNet2DModel)
-    forward = _recorded(UNet2DModel.forward)
 
 
 class GenieUNet2DConditionModel(_GenieUNet, UNet2DConditionModel):
@@ -250,4 +352,3 @@ class GenieUNet2DConditionModel(_GenieUNet, UNet2DConditionModel):
         self._add_head(derivative_head_config)
 
     __init__ = _with_head_argument(__init__, UNet2DConditionModel)
-    forward = _recorded(UNet2DConditionModel.forward)

@@ -1,8 +1,8 @@
 """How the branches of a guided model call combine to the prediction that the scheduler is given.
 
-A pipeline with classifier-free guidance calls the model once on a batch of equal parts (unconditional, conditional,
-perturbed …) and hands the scheduler one combination of the outputs. A slope of the guided prediction combines the
-slopes of the branches, each taken along the guided velocity, with the same weights.
+A pipeline with classifier-free guidance calls the model on a batch of equal parts (unconditional, conditional,
+perturbed …), or once for each of them, and hands the scheduler one combination of the outputs. A slope of the guided
+prediction combines the slopes of the branches, each taken along the guided velocity, with the same weights.
 """
 
 import torch
@@ -11,10 +11,26 @@ import torch
 #: rounding of half precision, far below what any nonlinear guidance does.
 NONLINEAR_RESIDUAL = 0.02
 
+#: Relative distance above which a prediction is not the output of the only branch. A pipeline hands it on as it is, or
+#: rounded to the precision of its sample, which is coarser than this for bfloat16 alone.
+UNGUIDED_DISTANCE = 1e-3
+
+#: Calls of the model between two steps that are taken for branches.
+MAX_CALLS = 8
+
+
+def holds(condition: torch.Tensor) -> bool:
+    """
+    Whether `condition` is true. All that sources compare is read here, which on an accelerator waits for it.
+
+    Tensors without values, on the meta device, are taken to agree.
+    """
+    return condition.is_meta or bool(condition)
+
 
 def count_branches(model_input: torch.Tensor, sample: torch.Tensor, check_values: bool) -> int:
     """
-    The number of parts in the batch of the last model call, which must each have been called with `sample`.
+    The number of parts in the batch of a model call, which must each have been called with `sample`.
 
     Args:
         model_input (`torch.Tensor` of shape `(branches · batch, channels or more, ...)`):
@@ -36,7 +52,7 @@ def count_branches(model_input: torch.Tensor, sample: torch.Tensor, check_values
         )
     if check_values:
         parts = model_input[:, : sample.shape[1]].unflatten(0, (branches, sample.shape[0]))
-        if not torch.equal(parts, sample.to(parts.dtype).expand_as(parts)):
+        if not holds((parts == sample.to(parts.dtype)).all()):
             raise ValueError(
                 "The slope source's model was last called with another sample than the one given to `step`. Call the "
                 "model and the scheduler in turn, and attach the source to the scheduler of the same pipeline."
@@ -67,15 +83,18 @@ def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: 
     lengths = columns.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     columns = columns / lengths[:, None]
     gram = columns.mT @ columns
-    # Branches may coincide. A touch of regularisation, and `inv_ex`, which unlike others does not wait for the device.
-    regularised = gram + 1e-7 * torch.eye(gram.shape[-1], device=gram.device)
-    solution = torch.linalg.inv_ex(regularised).inverse @ (columns.mT @ target[..., None])
+    # Branches may coincide: a touch of regularisation, in float64 where there is one (not on MPS). `solve_ex`, unlike
+    # others, does not wait for the device.
+    precision = torch.float32 if gram.device.type == "mps" else torch.float64
+    regularised = gram.to(precision) + 1e-7 * torch.eye(gram.shape[-1], device=gram.device, dtype=precision)
+    right_side = (columns.mT @ target[..., None]).to(precision)
+    solution = torch.linalg.solve_ex(regularised, right_side).result.float()
     if check_residual:
-        residual = (target - (columns @ solution)[..., 0]).norm(dim=1) / target.norm(dim=1)
-        if residual.max() > NONLINEAR_RESIDUAL:
+        residual = ((target - (columns @ solution)[..., 0]).norm(dim=1) / target.norm(dim=1)).max()
+        if not holds(~(residual > NONLINEAR_RESIDUAL)):
             raise ValueError(
-                "The prediction given to `step` is not a linear combination of the outputs of the model's last call "
-                f"(relative residual {residual.max():.3g}), so its slope cannot be formed. Detach the slope source "
+                "The prediction given to `step` is not a linear combination of the outputs of the model's calls "
+                f"(relative residual {residual:.3g}), so its slope cannot be formed. Detach the slope source "
                 "(`scheduler.attach(None)`) to sample with this kind of guidance."
             )
     weights = solution[..., 0] / lengths
@@ -83,13 +102,41 @@ def branch_weights(outputs: torch.Tensor, guided: torch.Tensor, check_residual: 
     return weights.T.reshape(*outputs.shape[:2], *(1,) * (outputs.ndim - 2)).to(outputs.dtype)
 
 
+def check_unguided(output: torch.Tensor, guided: torch.Tensor, check_values: bool):
+    """
+    Check that the prediction of a pipeline is the output of the only branch there is.
+
+    Args:
+        output (`torch.Tensor`): The output of that branch.
+        guided (`torch.Tensor` of the same shape): What the scheduler was given, in the terms of the model.
+        check_values (`bool`): Whether to look, which on an accelerator waits for it.
+
+    Raises:
+        ValueError: If the two differ by more than rounding.
+    """
+    if not check_values:
+        return
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (output, guided))
+    output, guided = output.flatten(1).float(), guided.flatten(1).float()
+    distance = ((guided - output).norm(dim=1) / output.norm(dim=1)).max()
+    if not holds(~(distance > max(UNGUIDED_DISTANCE, coarsest))):
+        raise ValueError(
+            "The prediction given to `step` is not the output of the model's only call since the last step (relative "
+            f"difference {distance:.3g}): it was guided by something else, so its slope cannot be formed. Detach the "
+            "slope source (`scheduler.attach(None)`) to sample with this kind of guidance."
+        )
+
+
 class RunCheck:
     """Says when to compare values: always on the CPU; once a run on an accelerator, which has to be waited for."""
 
     def __init__(self):
-        self._previous: float | None = None
+        self._is_due = True
 
-    def __call__(self, timestep: float, device: torch.device) -> bool:
-        first = self._previous is None or timestep >= self._previous
-        self._previous = timestep
-        return device.type == "cpu" or (first and device.type != "meta")
+    def begin(self):
+        """A new run: its first step is checked."""
+        self._is_due = True
+
+    def __call__(self, device: torch.device) -> bool:
+        is_due, self._is_due = self._is_due, False
+        return is_due or device.type == "cpu"

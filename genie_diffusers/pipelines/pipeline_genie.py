@@ -8,10 +8,13 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.genie_unet import HeadSlope
 from ..schedulers.scheduling_utils import TableScheduler
+
+logger = logging.get_logger(__name__)
 
 
 class AttachesHead:
@@ -24,7 +27,10 @@ class AttachesHead:
             if not isinstance(scheduler, TableScheduler):
                 return
             if getattr(unet, "derivative_head", None) is not None:
-                scheduler.attach(unet)
+                if scheduler.takes_source:
+                    scheduler.attach(unet)
+                else:
+                    logger.warning(f"`{type(scheduler).__name__}` samples without the head of this UNet.")
             elif isinstance(scheduler._slope_source, HeadSlope):  # that of the UNet before
                 scheduler.attach(None)
 

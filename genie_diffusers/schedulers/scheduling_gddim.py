@@ -108,14 +108,6 @@ class LinearDiffusionScheduler(_GDDIM):
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    def attach(self, source):
-        if source is not None:
-            raise ValueError(
-                f"`source` must be `None`: `{type(self).__name__}` weighs no slopes, and sources of them know of "
-                "variance-preserving and flow-matching models alone."
-            )
-        super().attach(source)
-
     # The weights depend on the timestep, so that it has no default.
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """What the model sees of the state `sample`: the state itself, unless the model is preconditioned."""

@@ -4,7 +4,6 @@ A sampler here is a [`Table`]: row i holds the weights of the tensors whose sum 
 says what the rows are. Tables are run by `genie_diffusers.core.engine`.
 """
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,27 @@ from ..processes import LinearDiffusion
 from .configuration import SharedConfiguration
 
 logger = logging.get_logger(__name__)
+
+
+class Attachment:
+    """
+    A source, for as long as some scheduler holds this: acquired when it is made, and released when it is gone.
+
+    A copy of a scheduler shares it; a pickled one is detached, as one that was saved and loaded.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+        self.takes_output = _takes(source, "model_output")
+        if hasattr(source, "acquire"):
+            source.acquire()
+            weakref.finalize(self, source.release).atexit = False
+
+    def __deepcopy__(self, memo) -> "Attachment":
+        return self
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
@@ -91,9 +111,7 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
     ):
         self._process: Any = None
         self._process_key: tuple | None = None
-        self._slope_source: Any = None
-        self._source_takes_output = False
-        self._release: Any = None
+        self._attachment: Any = None
         self._said: set[str] = set()
         self.num_inference_steps: Any = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
@@ -213,6 +231,8 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(points)
         self._begin_index = self._step_index = None
         self._build(begin=0)
+        self._tell("begin")
+        self._tell("forget")
 
     def learned_table(self, num_inference_steps: int) -> Table | None:
         """The table of this number of model calls: that of the attached source, or of the configuration's `tables`."""
@@ -315,6 +335,12 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
         else:
             self.table = build(self.levels, self.row, self.correction, begin, self._model_levels())
         clips = bool(self.config.get("clip_sample") or self.config.get("thresholding"))
+        if clips and getattr(self._slope_source, "learned_unclipped", False):
+            self._say(
+                "This scheduler has `clip_sample=True` or `thresholding=True`, but the attached head was learned "
+                "without clipping, and is less accurate with it: `from_config(config, clip_sample=False, "
+                "thresholding=False)` is what it was learned for."
+            )
         combine = None if self.process.weight_shape == (1, 1) else self.process.combine
         self._plan = Plan(self.table, self._conversion(), clips, combine)
 
@@ -362,19 +388,20 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
                 `source(sample, noise_prediction, timestep, *, step, history_slope) -> slope`, or `None` to detach.
                 `timestep` is a float, `step` the step in λ that is about to be taken (infinite for the last one to
                 clean data), `history_slope` the slope through this and the previous prediction, `None` at the
-                start. One that has an argument `model_output` is also given what the model returned. The slope has
-                the shape of `sample`.
+                start. A source that also takes `model_output` is given what `step` was, without variances. The slope
+                has the shape of `sample`.
 
-                Optional attributes of a source: `term`, what it is the source of, `"slope"` or `"residual"` (the
+                Attributes of a source, all optional: `term`, what it is the source of, `"slope"` or `"residual"` (the
                 default of one with `tables`); `tables`, learned tables as in the configuration, which go before
                 these; `bind(process, prediction_type)`, called whenever the timesteps are set, which raises if the
-                source is for another model; `acquire()` and `release()`, called when it is attached and detached;
-                `begin()`, called when a run starts.
+                two do not fit; `acquire()`, called now, and `release()`, when the source is replaced or the scheduler
+                is gone; `begin()`, called when a run begins, and `forget()`, when a step is taken without the source.
 
-        An attachment is not part of the configuration: attach again after `from_config` or loading.
+        An attachment is not part of the configuration: attach again after `from_config` or loading. A copy of the
+        scheduler shares it.
 
         Raises:
-            ValueError: If `source` is no source, or not for the model of this scheduler.
+            ValueError: If `source` is no source, does not fit, or the scheduler can use none.
         """
         source = getattr(source, "slope_source", source)
         if isinstance(source, ModelMixin):
@@ -384,15 +411,28 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
             )
         if source is not None and not callable(source):
             raise ValueError(f"`source` must be callable or have a `slope_source`, got {type(source).__name__}.")
+        if source is not None and not self.takes_source:
+            raise ValueError(
+                f"`{type(self).__name__}` takes no slope source: its steps weigh predictions alone. Attach `source` "
+                "to a scheduler with `prediction_type`, such as `GenieScheduler`."
+            )
         self._bind(source)
-        if source is not None and hasattr(source, "acquire"):
-            source.acquire()
-        if self._release is not None:
-            self._release()  # of the source before
-        self._slope_source, self._source_takes_output = source, source is not None and _takes(source, "model_output")
-        self._release = weakref.finalize(self, release) if (release := getattr(source, "release", None)) else None
-        if self.num_inference_steps is not None:  # a run under way goes on as if it started here
-            self._build(self._built_for if self._step_index is None else self._step_index)
+        previous, self._attachment = self._attachment, None if source is None else Attachment(source)
+        try:
+            if self.num_inference_steps is not None:  # a run under way goes on as if it started here
+                self._build(self._built_for if self._step_index is None else self._step_index)
+        except ValueError:
+            self._attachment = previous
+            raise
+
+    @property
+    def takes_source(self) -> bool:
+        """Whether a source can be attached: it must be told what the model predicts."""
+        return "prediction_type" in self.config
+
+    @property
+    def _slope_source(self) -> Any:
+        return None if self._attachment is None else self._attachment.source
 
     @property
     def _term(self) -> str | None:
@@ -406,12 +446,16 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
     def _has_slopes(self) -> bool:
         return self._term == "slope"
 
+    def _tell(self, event: str):
+        """Call the method `event` of the source, if it has one."""
+        getattr(self._slope_source, event, lambda: None)()
+
     def _bind(self, source: Any):
         if hasattr(source, "bind"):
             source.bind(self.process, self.config.get("prediction_type", "epsilon"))
 
     def _ask(self, timestep: float, term, index, sample, output, noise_prediction, history_slope) -> torch.Tensor:
-        options = {"model_output": output} if self._source_takes_output else {}
+        options = {"model_output": output} if self._attachment.takes_output else {}
         slope = self._slope_source(
             sample,
             noise_prediction,
@@ -425,26 +469,6 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
                 f"The slope source must return the shape {tuple(sample.shape)} of `sample`, got {tuple(slope.shape)}."
             )
         return slope
-
-    def __copy__(self):
-        return self._copied(vars(self))
-
-    def __deepcopy__(self, memo):
-        others = {key: value for key, value in vars(self).items() if key not in ("_slope_source", "_release")}
-        return self._copied(copy.deepcopy(others, memo))
-
-    def _copied(self, state: Mapping[str, Any]):
-        """Another scheduler of this `state`. What is attached belongs to a model, which both share."""
-        source, copied = self._slope_source, type(self).__new__(type(self))
-        copied.__dict__.update(state, _slope_source=source, _release=None)
-        if self._release is not None:
-            source.acquire()
-            copied._release = weakref.finalize(copied, source.release)
-        return copied
-
-    def __getstate__(self):
-        # A source cannot travel: attach one again.
-        return {**vars(self), "_slope_source": None, "_release": None}
 
     # --- stepping --------------------------------------------------------------------------------------------------
 
@@ -499,6 +523,10 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
         index = self._locate(timestep)
         model_output = self._without_variance(model_output, sample)
         plan, noise, source, clip = self._plan, None, None, None
+        if not any(index in asked for asked in plan.sourced.values()):
+            self._tell("forget")
+        elif self._attachment is None:
+            raise ValueError("This scheduler lost its slope source when it was pickled: `attach` it again.")
         if index in plan.noisy:
             noise = self._draw(sample, generator)
         if self._slope_source is not None:
@@ -556,8 +584,6 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
             begin = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
             if begin != self._built_for:
                 self._build(begin)
-            if hasattr(self._slope_source, "begin"):
-                self._slope_source.begin()
             self._step_index = begin
         if self._step_index >= self.num_inference_steps:
             raise ValueError(
@@ -613,6 +639,7 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
                 f"`begin_index` must be an integer between 0 and {self.num_inference_steps - 1}, got {begin_index}."
             )
         self._begin_index, self._step_index = int(begin_index), None
+        self._tell("begin")
         if self._begin_index != self._built_for:
             self._build(self._begin_index)
         self._seen = ()
@@ -644,10 +671,12 @@ def _subclasses(scheduler: type[TableScheduler]) -> list[type[TableScheduler]]:
     return found
 
 
-def _takes(function: Any, argument: str) -> bool:
-    function = function if inspect.isroutine(function) else type(function).__call__
-    parameters = inspect.signature(function).parameters
-    return argument in parameters
+def _takes(function: Any, name: str) -> bool:
+    """Whether `function` has an argument called `name`."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # nothing is known of it
+        return False
 
 
 def _listed(values: Sequence[Any]) -> str:

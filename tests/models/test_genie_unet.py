@@ -4,7 +4,15 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from genie_diffusers import DerivativeHead, ExactSlope, GenieScheduler, GenieUNet2DModel, VariancePreserving
+from genie_diffusers import (
+    DerivativeHead,
+    ExactSlope,
+    GenieInverseScheduler,
+    GenieScheduler,
+    GenieUNet2DModel,
+    VariancePreserving,
+)
+from genie_diffusers.models import exact_slope, guidance
 
 TIMESTEP = 40
 LABELS = torch.tensor([0, 2])
@@ -92,11 +100,15 @@ def test_it_keeps_what_the_head_reads_of_the_last_call(unet, genie_unet, noise):
     model = genie_unet()
     for seed in (0, 1):
         x = noise(2, 2, 8, 8, seed=seed)
-        output, expected = denoise(model, x), read_features(unet(), x, LABELS)
-        assert torch.equal(model.last_call["sample"], x)
-        assert torch.equal(model.last_call["output"], output)
-        assert torch.equal(model.last_call["features"], expected["features"])
-        assert torch.equal(model.last_call["time_embedding"], expected["time_embedding"])
+        with model.recording():
+            output, expected = denoise(model, x), read_features(unet(), x, LABELS)
+            assert torch.equal(model.last_call["sample"], x)
+            assert torch.equal(model.last_call["output"], output)
+            assert torch.equal(model.last_call["features"], expected["features"])
+            assert torch.equal(model.last_call["time_embedding"], expected["time_embedding"])
+        assert model.last_call is None
+        denoise(model, x)
+        assert model.last_call is None
 
 
 def test_its_slope_is_the_head_at_the_last_call(unet, genie_unet, noise):
@@ -245,9 +257,10 @@ def test_a_full_compilation_keeps_what_the_head_reads(genie_unet, noise):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for seed in (0, 1):
         x = noise(2, 2, 8, 8, seed=seed)
-        torch.testing.assert_close(denoise(compiled, x), denoise(eager, x))
-        for name, value in eager.last_call.items():
-            torch.testing.assert_close(model.last_call[name], value)
+        with eager.recording(), model.recording():
+            torch.testing.assert_close(denoise(compiled, x), denoise(eager, x))
+            for name, value in eager.last_call.items():
+                torch.testing.assert_close(model.last_call[name], value)
     scheduler = GenieScheduler()
     scheduler.attach(compiled)
     scheduler.set_timesteps(3)
@@ -260,16 +273,37 @@ def test_a_full_compilation_keeps_what_the_head_reads(genie_unet, noise):
 
 @pytest.mark.parametrize("branches", [1, 2], ids=["unguided", "guided"])
 @pytest.mark.parametrize("exact", [False, True], ids=["head", "exact slope"])
-def test_slopes_never_wait_for_the_device(genie_unet, unet, branches, exact):
-    """Reading a value of a tensor on the meta device is an error."""
+@pytest.mark.parametrize("scheduler_class", [GenieScheduler, GenieInverseScheduler])
+def test_slopes_wait_for_the_device_in_the_first_step_of_a_run_alone(
+    genie_unet, unet, monkeypatch, branches, exact, scheduler_class
+):
+    """Reading a value of a tensor on the meta device is an error, but for the one place where sources compare."""
+    read = []
+    for module in (guidance, exact_slope):
+        monkeypatch.setattr(module, "holds", lambda condition: read.append(scheduler.step_index) or True)
     model = (unet() if exact else genie_unet()).float().to("meta")
-    scheduler = GenieScheduler(time_grid="quadratic")
+    scheduler = scheduler_class(time_grid="quadratic")
     scheduler.attach(ExactSlope(model) if exact else model)
-    scheduler.set_timesteps(3, device="meta")
+    for _ in range(2):
+        read.clear()
+        scheduler.set_timesteps(4, device="meta")
+        scheduler.set_begin_index(0)
+        sample = torch.empty(2, 2, 8, 8, device="meta")
+        labels = torch.zeros(2 * branches, dtype=torch.long, device="meta")
+        for timestep in scheduler.timesteps:
+            parts = denoise(model, sample.repeat(branches, 1, 1, 1), labels, timestep).chunk(branches)
+            sample = scheduler.step(parts[0] + 3.0 * (parts[-1] - parts[0]), timestep, sample).prev_sample
+        assert scheduler.step_index == 4
+        first = min(scheduler._plan.sourced["slope"])  # an encoder starts at clean data, where there is no slope
+        assert read == [first] * (3 if exact else 2)
+
+
+def test_values_are_not_compared_on_a_device_without_them(genie_unet):
+    model = genie_unet().float().to("meta")
+    scheduler = GenieScheduler()
+    scheduler.attach(model)
+    scheduler.set_timesteps(2, device="meta")
     scheduler.set_begin_index(0)
     sample = torch.empty(2, 2, 8, 8, device="meta")
-    labels = torch.zeros(2 * branches, dtype=torch.long, device="meta")
-    for timestep in scheduler.timesteps:
-        parts = denoise(model, sample.repeat(branches, 1, 1, 1), labels, timestep).chunk(branches)
-        sample = scheduler.step(parts[0] + 3.0 * (parts[-1] - parts[0]), timestep, sample).prev_sample
-    assert scheduler.step_index == 3
+    output = denoise(model, sample, LABELS.to("meta"), scheduler.timesteps[0])
+    assert scheduler.step(output, scheduler.timesteps[0], sample).prev_sample.is_meta

@@ -93,9 +93,10 @@ def test_all_conditions_reach_the_plain_unet_untouched(text_unet, genie_unet, no
     assert torch.equal(denoise(model, x, text, **conditions), expected)
     for name in ("down_block_additional_residuals", "encoder_attention_mask"):  # each of them matters
         assert not torch.allclose(denoise(plain, x, text, **{**conditions, name: None}), expected, rtol=1e-3)
+    source = bound(model)
     as_tuple = model(x, TIMESTEP, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)
     assert isinstance(as_tuple, tuple)
-    assert torch.isfinite(slope_of(bound(model), x, expected)).all()
+    assert torch.isfinite(slope_of(source, x, as_tuple[0])).all()
 
 
 @every_head
@@ -104,14 +105,17 @@ def test_guided_slope_beside_mask_channels_is_that_of_the_branches(text_unet, ge
     model, x, extra = genie_unet(head_class, in_channels=5), noise(2, 2, 8, 8), noise(2, 3, 8, 8, seed=2)
     texts = noise(2, 2, 3, 8, seed=1)
     whole = torch.cat([x, extra], dim=1)
+    source, process = bound(model), VariancePreserving.from_config({})
     null, conditional = denoise(model, whole.repeat(2, 1, 1, 1), texts.flatten(0, 1)).chunk(2)
     guided = null - 3.0 * null + 3.0 * conditional
-    source = bound(model)
     slope = slope_of(source, x, guided)
-    branch_slopes = []
+    branch_slopes, levels = [], (float(process.alpha(TIMESTEP)), float(process.sigma(TIMESTEP)))
+    of_step = (0.7, torch.ones_like(x)) if head_class is StepHead else ()
     for text, output in zip(texts, (null, conditional), strict=True):
         torch.testing.assert_close(denoise(model, whole, text), output)
-        branch_slopes.append(slope_of(source, x, guided))
+        read = [model.last_call[name] for name in ("features", "time_embedding")]
+        with torch.no_grad():
+            branch_slopes.append(model.derivative_head(x, guided, *read, *levels, *of_step))
     expected = -2.0 * branch_slopes[0] + 3.0 * branch_slopes[1]
     torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, branch_slopes[1], rtol=1e-2)
@@ -134,9 +138,8 @@ def test_a_low_resolution_picture_on_further_channels_is_none_of_the_heads_busin
     scheduler = GenieScheduler()
     scheduler.attach(model)
     scheduler.set_timesteps(2)
-    slopes, source = [], scheduler._slope_source
-    scheduler._slope_source = lambda *args, **kwargs: slopes.append(source(*args, **kwargs)) or slopes[-1]
-    scheduler._slope_source.tables = source.tables
+    slopes = []
+    model.derivative_head.register_forward_hook(lambda module, args, output: slopes.append(output))
     for t in scheduler.timesteps:
         with torch.no_grad():
             output = model(torch.cat([x, picture], dim=1), t).sample
@@ -150,11 +153,12 @@ def test_it_is_saved_and_loaded_with_its_head(genie_unet, noise, text, tmp_path,
     model.save_pretrained(tmp_path)
     loaded = GenieUNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float64)
     plain = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    sources = bound(loaded), bound(model)
     prediction = denoise(model, x, text)
     assert type(loaded.derivative_head) is head_class
     torch.testing.assert_close(denoise(loaded, x, text), prediction)
     torch.testing.assert_close(denoise(plain, x, text), prediction)
-    torch.testing.assert_close(slope_of(bound(loaded), x, prediction), slope_of(bound(model), x, prediction))
+    torch.testing.assert_close(*(slope_of(source, x, prediction) for source in sources))
 
 
 @pytest.mark.parametrize("when", ["before the head", "after the head"])
@@ -175,9 +179,10 @@ def test_a_lora_of_the_unet_works_with_its_head(text_unet, head_for, noise, text
         model = GenieUNet2DConditionModel.from_unet(plain, head)
         add_lora(model)
     assert head.matches(model)  # the fingerprint is that of the base weights
+    source = bound(model)
     with_lora = denoise(model, x, text)
     assert not torch.allclose(with_lora, without, rtol=1e-2)
-    slope = slope_of(bound(model), x, with_lora)
+    slope = slope_of(source, x, with_lora)
     assert torch.isfinite(slope).all() and slope.norm() > 0
     half = denoise(model, x, text, cross_attention_kwargs={"scale": 0.5})
     assert not torch.allclose(half, with_lora, rtol=1e-2) and not torch.allclose(half, without, rtol=1e-2)

@@ -47,9 +47,9 @@ def inputs(noise):
     return noise(2, 2, 8, 8), noise(2, 2, 8, 8, seed=1), noise(2, 8, 8, 8, seed=2), noise(2, 32, seed=3)
 
 
-def draw(model, sample: torch.Tensor, steps: int = 2, labels=LABELS, **config) -> torch.Tensor:
+def draw(model, sample: torch.Tensor, steps: int = 2, labels=LABELS, source=None, **config) -> torch.Tensor:
     scheduler = GenieScheduler(**config)
-    scheduler.attach(model)
+    scheduler.attach(source or model)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         sample = scheduler.step(model(sample, t, class_labels=labels).sample, t, sample).prev_sample
@@ -195,7 +195,8 @@ def test_the_gradient_of_a_run_is_that_of_finite_differences(genie_unet, noise, 
 
     def loss(distance: float) -> torch.Tensor:
         torch.nn.utils.vector_to_parameters(start + distance * direction, head.parameters())
-        return (draw(model, x, prediction_type=prediction_type) - target).square().mean()
+        drawn = draw(model, x, source=model.slope_source.differentiable(), prediction_type=prediction_type)
+        return (drawn - target).square().mean()
 
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss(0.0), list(head.parameters()))])
     with torch.no_grad():

@@ -90,11 +90,13 @@ def test_exact_slope_is_the_difference_quotient_along_the_guided_path(make_pipe)
         bind = exact.bind
 
         def __call__(self, sample, noise_prediction, timestep, **kwargs):
-            call = dict(exact._call.arguments)
+            call = calls[-1]
             slope = exact(sample, noise_prediction, timestep, **kwargs)
             seen.append((call, sample, noise_prediction, timestep, slope))
             return slope
 
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
     pipe.scheduler.attach(Source())
     draw(pipe, 4)
     exact.remove()

@@ -39,7 +39,7 @@ from genie_diffusers import (
     GenieStableDiffusionXLPipeline,
     QuasiTaylorScheduler,
 )
-from genie_diffusers.models import genie_unet
+from genie_diffusers.models import sources
 from genie_diffusers.models.guidance import branch_weights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -383,7 +383,7 @@ def test_heads_weigh_the_branches_as_the_pipeline_has_guided(stable_diffusion, m
         found.append(branch_weights(*args))
         return found[-1]
 
-    monkeypatch.setattr(genie_unet, "branch_weights", recorded)
+    monkeypatch.setattr(sources, "branch_weights", recorded)
     draw(pipe, task, 3, **options)
     assert len(found) == 3
     for weights in found:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 import train_genie_head
 import training_utils
-from genie_diffusers import DerivativeHead, ExactSlope, GeniePipeline, GenieScheduler, GenieUNet2DModel
+from genie_diffusers import DerivativeHead, GeniePipeline, GenieScheduler, GenieUNet2DModel
+from genie_diffusers.models.exact_slope import forward_mode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NULL_CLASS = 3
@@ -98,8 +100,6 @@ def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, pre
     )
     inputs, slope = distillation(batch, torch.device("cpu"))
 
-    exact = ExactSlope(plain)
-    exact.bind(process, prediction_type)
     branches = set()
     for i in range(24):
         timestep = int(batch["times"][i] * 1000)
@@ -108,24 +108,30 @@ def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, pre
         label, null = batch["labels"][i : i + 1], torch.tensor([NULL_CLASS])
         u_branch, u_scale = batch["choices"][i].tolist()
         scale = 1 + (max_guidance_scale - 1) * max(0.0, 2 * u_scale - 1)
-        own, other = (null, label) if u_branch < 0.4 else (label, null)
+        own = null if u_branch < 0.4 else label
         branches.add((u_branch < 0.4, scale > 1))
 
-        def noise(class_label, sample=sample, timestep=timestep, alpha=alpha, sigma=sigma):
-            with torch.no_grad():
-                out = plain(sample, torch.tensor(timestep), class_labels=class_label).sample
-            if prediction_type == "epsilon":
-                return out
-            return (
-                alpha * out + sigma * sample if prediction_type == "v_prediction" else (sample - alpha * out) / sigma
-            )
+        def noise(x, t, alpha, sigma, class_label):
+            out = plain(x, t, class_labels=class_label).sample
+            return {
+                "epsilon": out,
+                "v_prediction": alpha * out + sigma * x,
+                "sample": (x - alpha * out) / sigma,
+            }[prediction_type]
 
-        direction = noise(own) if scale == 1 else noise(null) + scale * (noise(label) - noise(null))
+        levels = [torch.tensor(value) for value in (float(timestep), alpha, sigma)]
+        with torch.no_grad():
+            of_own, of_null, of_label = (noise(sample, *levels, each) for each in (own, null, label))
+        direction = of_own if scale == 1 else of_null + scale * (of_label - of_null)
         torch.testing.assert_close(inputs["sample"][i : i + 1], sample)
         torch.testing.assert_close(inputs["noise_prediction"][i : i + 1], direction, rtol=1e-3, atol=1e-3)
-        noise(other)
-        noise(own)  # the last call is the one that is differentiated
-        expected = exact(sample, direction, float(timestep))
+        # along dx/dλ = σ² x − σ ε, dα/dλ = ασ², dσ/dλ = −σα², whichever branch is differentiated
+        velocity = sigma**2 * sample - sigma * direction
+        rates = [1 / float(process.log_snr_derivative(timestep)), alpha * sigma**2, -sigma * alpha**2]
+        rates = [torch.tensor(value) for value in rates]
+        with torch.no_grad(), forward_mode(plain):
+            point, rate = (sample, *levels), (velocity, *rates)
+            expected = torch.func.jvp(lambda *point, own=own: noise(*point, own), point, rate)[1]
         torch.testing.assert_close(slope[i : i + 1], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert len(branches) == (4 if max_guidance_scale > 1 else 2), "a case is missing from the points"
 
@@ -144,6 +150,7 @@ def test_secant_tends_to_the_derivative_on_a_denoiser_smooth_in_time(prediction_
             v, data = (noise - sigma * sample) / alpha, (sample - sigma * noise) / alpha
             return SimpleNamespace(sample=v if prediction_type == "v_prediction" else data)
 
+        recording = nullcontext
         last_call = {"features": torch.zeros(1), "time_embedding": torch.zeros(1)}
 
     scheduler = GenieScheduler(continuous=True, prediction_type=prediction_type)
