@@ -7,10 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from genie_diffusers import GGDMScheduler, VariancePreserving
+from genie_diffusers.learning.paths import Noises, predict
 from genie_diffusers.models.exact_slope import to_noise_prediction
 from genie_diffusers.schedulers.scheduling_ggdm import WEIGHED, as_table
 from genie_diffusers.schedulers.scheduling_utils import Column, Row
-from ode_paths import Noises, predict
 
 #: what a family of tables may have besides the weights of the latest state and prediction
 FAMILY = ("states", "history", "slope", "noise", "time", "pred")
@@ -37,6 +37,11 @@ class LearnedTable(torch.nn.Module):
             `"history"`, all earlier predictions, `"slope"`, the latest slope, `"noise"`, σ_k but that of the last
             step, `"time"`, the timesteps.
     """
+
+    base: torch.Tensor
+    base_noise: torch.Tensor
+    base_timesteps: torch.Tensor
+    intervals: torch.Tensor
 
     def __init__(self, table: dict, process: VariancePreserving, family: list[str]):
         super().__init__()
@@ -147,6 +152,8 @@ class MarginalTable(LearnedTable):
         ValueError: If the table has other marginals, or weighs what is no state and no estimate of x_0.
     """
 
+    angles: torch.Tensor
+
     def __init__(self, table: dict, process: VariancePreserving, family: list[str]):
         super().__init__(table, process, family)
         others = {column for columns in self.columns for column in columns if column[0] != "sample"}
@@ -241,6 +248,8 @@ def sample_by(
     sloped = {index - lag for index, columns in enumerate(learned.columns) for what, lag in columns if what == "slope"}
     if sloped and slope_source is None:
         raise ValueError("This table weighs slopes, and there is no `slope_source`.")
+    if learned.is_stochastic and fresh is None:
+        raise ValueError("This table adds noise, and there is no `fresh`.")
 
     def call(sample, timestep, alpha, sigma, index):
         output = predict(unet, sample, timestep, noises).to(dtype)
@@ -267,7 +276,7 @@ def sample_by(
             visit(index, weighed)
         row = rows[index].to(dtype)
         following = sum(weight * tensor for weight, tensor in zip(row, weighed, strict=True))
-        if learned.is_stochastic:
+        if fresh is not None and learned.is_stochastic:
             following = following + noise[index].to(dtype) * fresh[index]
         samples.append(following)
     return samples[-1]
