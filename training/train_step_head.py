@@ -17,7 +17,13 @@ from genie_diffusers.learning.arguments import base_of, source_of
 from genie_diffusers.learning.conditions import conditioned, load_unet, rematerialised, sampling_code, with_head
 from genie_diffusers.learning.paths import relative_error, solve, solver_of
 from genie_diffusers.learning.run import Run
-from genie_diffusers.learning.step_heads import StepDistillation, check, parse_args, plot_errors
+from genie_diffusers.learning.step_heads import (
+    StepDistillation,
+    check,
+    parse_args,
+    plot_errors,
+    tables_are_guided,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -64,7 +70,8 @@ def write_card(run: Run, unet, sizes: str, errors: dict[str, list[float]]) -> No
     facts = {
         "Base model": source_of(args.pretrained_model_name_or_path),
         "Parameters": sizes,
-        "Tables": f"{args.table_steps}, fitted to {args.fit_trajectories} solutions",
+        "Tables": f"{args.table_steps}, fitted to {args.fit_trajectories} solutions"
+        + (", a third of them guided" if tables_are_guided(args, unet) else ""),
         "Network": f"for {args.head_steps} model calls, {args.max_train_steps:,} steps of {args.train_batch_size} "
         f"paths a process, from {args.train_trajectories:,} solutions of {args.teacher_steps} model calls",
         "Largest guidance scale": f"{args.max_guidance_scale:g}",

@@ -35,6 +35,8 @@ logger = get_logger(__name__)
 
 #: grids among which the tables choose, by the error on trajectories that they were not fitted to
 GRIDS = ("uniform_lambda", "quadratic", "linear")
+#: one path in so many is guided, where guided ones are learned from
+GUIDED_PART = 3
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,13 +118,15 @@ class StepDistillation:
         self.args, self.unet, self.head, self.device = args, unet, head, device
         self.scheduler_config = scheduler_config
         count = args.train_trajectories
-        guided = count // 3 if args.max_guidance_scale > 1 else 0
+        guided = count // GUIDED_PART if args.max_guidance_scale > 1 else 0
         self.noises = {"unguided": draw(unet, count - guided, args.seed + 2, args.label_dropout)}
         if guided:
             self.noises["guided"] = draw(unet, guided, args.seed + 3, 0.0, args.max_guidance_scale)
         self.guided_share = guided / count
         conditions = [name for name in CONDITION_ARGUMENTS if name in args]
         of_tables = ["table_steps", "head_steps", "teacher_steps", "fit_trajectories", "label_dropout"]
+        if tables_are_guided(args, unet):
+            of_tables.append("max_guidance_scale")
         of_pictures = ["train_trajectories", "teacher_steps", "max_guidance_scale", "label_dropout"]
         tables = computed_once(args, "tables", [*conditions, *of_tables], self._write_tables)
         head.register_to_config(tables=StepHead.load_config(tables)["tables"])
@@ -174,7 +178,7 @@ class StepDistillation:
     def errors(self) -> dict[str, list[float]]:
         """The error for each of `--table_steps` on noise that nothing was fitted to, with the head and without."""
         args = self.args
-        noises = draw(self.unet, args.validation_trajectories, args.seed + 4, args.label_dropout)
+        noises = table_noises(args, self.unet, args.validation_trajectories, args.seed + 4)
         reference = self._solutions(noises)
         sources = {
             "with the network": self.unet,
@@ -190,9 +194,25 @@ class StepDistillation:
         return errors
 
 
+def tables_are_guided(args: argparse.Namespace, unet) -> bool:
+    """Whether tables are fitted to guided paths too: for text-to-image models, always sampled with guidance."""
+    return takes_text(unet) and args.max_guidance_scale > 1
+
+
+def table_noises(args: argparse.Namespace, unet, count: int, seed: int) -> Noises:
+    """What tables are fitted to, and they and the network judged on: as many are guided as in training."""
+    noises = draw(unet, count, seed, args.label_dropout)
+    if not tables_are_guided(args, unet):
+        return noises
+    guided, is_guided = draw(unet, count, seed, 0.0, args.max_guidance_scale), torch.arange(count) % GUIDED_PART == 0
+    assert noises.labels is not None and guided.labels is not None and guided.scales is not None  # those of captions
+    labels = torch.where(is_guided, guided.labels, noises.labels)
+    return Noises(noises.noise, labels, torch.where(is_guided, guided.scales, 1.0))
+
+
 def fit_tables(unet, scheduler_config: dict, args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
     """The best table of each of `--table_steps`, over the grids; the network is called in those of `--head_steps`."""
-    noises = draw(unet, args.fit_trajectories * 5 // 4, args.seed + 1, args.label_dropout)
+    noises = table_noises(args, unet, args.fit_trajectories * 5 // 4, args.seed + 1)
     trajectories = Trajectories(
         unet, teacher_of(scheduler_config), args.teacher_steps, noises, args.solve_batch_size, device
     )
@@ -226,7 +246,7 @@ def drawn_by(unet, scheduler: GenieScheduler, steps: int, noises: Noises, args: 
 
 def keep_what_helps(args: argparse.Namespace, unet, head: StepHead, scheduler_config: dict, device) -> None:
     """Leave the network out of the tables that are better alone on fresh noise."""
-    noises = draw(unet, args.validation_trajectories, args.seed + 5, args.label_dropout)
+    noises = table_noises(args, unet, args.validation_trajectories, args.seed + 5)
     reference = drawn_by(unet, teacher_of(scheduler_config), args.teacher_steps, noises, args, device)
     tables = dict(head.config.tables)
     scheduler = solver_of(scheduler_config)

@@ -102,6 +102,7 @@ def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, c
     assert "distilled from other weights" not in fresh.stderr
     card = ModelCard.load(tmp_path / "head" / "README.md").text
     assert "GenieStableDiffusionPipeline.from_pretrained" in card and "accelerate launch" in card
+    assert "fitted to 8 solutions, a third of them guided" in card
 
 
 @pytest.mark.parametrize("pipeline_class", [StableDiffusionPipeline, StableDiffusionXLPipeline])
