@@ -27,8 +27,8 @@ from genie_diffusers.learning.run import Run
 
 
 def main(args: argparse.Namespace) -> None:
-    run = Run(args, alike=True)
     check(args)
+    run = Run(args, alike=True)
     solutions = solutions_of(args, run.device)
     with run.accelerator.main_process_first():
         unet = start_operator(args, solutions)

@@ -152,7 +152,7 @@ def conditioned(unet, args: argparse.Namespace, mixed_precision: str, device: to
 
     Args:
         unet ([`GenieUNet2DModel`] or [`GenieUNet2DConditionModel`]): The denoiser.
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         mixed_precision (`str`): That of the accelerator.
         device (`torch.device`): Where the denoiser is.
         latents (`bool`, defaults to `False`): Whether pictures are needed, each for the class of its number.
@@ -327,7 +327,7 @@ def sampling_code(args: argparse.Namespace, denoiser, steps: int, **options) -> 
     Python that draws with the head of a run, for its card.
 
     Args:
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         denoiser: The denoiser, [`Conditioned`] or not.
         steps (`int`): Model calls.
         options: Of the scheduler.

@@ -396,7 +396,7 @@ def computed_once(
     A file or folder that `compute` writes when it is first needed. Later runs read it again.
 
     Args:
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         name (`str`): Of the file or folder. It has this name only when it is complete.
         depends_on (iterable of `str`): The arguments that it follows from.
         compute (`Callable`): Called with the path to write to.
@@ -484,7 +484,7 @@ class RunLog:
 
     Args:
         accelerator (`Accelerator`): Whose tracker is started.
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         first_step (`int`): Steps already done. What was logged after them, by a run since killed, is dropped.
     """
 

@@ -162,7 +162,7 @@ class Objective:
     What a batch of pictures is worth, from one row of numbers for each of them.
 
     Args:
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         unet ([`UNet2DModel`]): The denoiser, whose size the pictures have.
         device (`torch.device`): Where the network of the features is to run.
     """
@@ -347,7 +347,7 @@ class Sampler:
     Args:
         unet ([`GenieUNet2DModel`]): The denoiser, frozen.
         scheduler_config (`dict`): Of the denoiser.
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
     """
 
     def __init__(self, unet: GenieUNet2DModel, scheduler_config: dict, args: argparse.Namespace):
