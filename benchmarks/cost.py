@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genie_diffusers import DerivativeHead, ExactSlope, GenieScheduler, GenieUNet2DModel, StepHead
 from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.learning.derivative_heads import SlopeDistillation
 
 ROOT = Path(__file__).parent
-sys.path.append(str(ROOT.parent / "training"))
-from train_genie_head import SlopeDistillation  # noqa: E402
-
 PACKAGED_HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 #: the architecture of google/ddpm-cifar10-32, with random weights: timing needs no others
 DDPM_CIFAR10_32 = {

@@ -25,15 +25,13 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import DSNOPipeline, DSNOUNet2DModel, GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.learning.operators import HELD_OUT
+from genie_diffusers.learning.paths import Noises, in_batches, relative_error
+from genie_diffusers.learning.solutions import Teacher, add_teacher_arguments
 from genie_diffusers.metrics import QualityDistance
+from quality import choose_pictures, number, to_json, write_json
 
 ROOT = Path(__file__).parent
-sys.path += [str(ROOT), str(ROOT.parent / "training")]
-from generate_trajectories import Teacher, parse_args  # noqa: E402
-from ode_paths import Noises, in_batches, relative_error  # noqa: E402
-from quality import choose_pictures, number, to_json, write_json  # noqa: E402
-from train_dsno import HELD_OUT  # noqa: E402
-
 RESULTS = ROOT / "results"
 PACKAGED_OPERATOR = Path(PACKAGED_MODEL).parent / "dsno-cifar10-16"
 #: the paper's solver: DDIM, even in √t
@@ -45,9 +43,10 @@ CPU = torch.device("cpu")
 def teacher_of(model: str, scheduler: str, steps: int, options: dict, points: int, label_dropout: float) -> Teacher:
     named = {"pretrained_model_name_or_path": model, "scheduler": scheduler, "num_inference_steps": steps}
     named |= {"scheduler_options": json.dumps(options), "num_time_points": points, "label_dropout": label_dropout}
-    named |= {"output_dir": "unused", "num_trajectories": 1}
-    teacher = Teacher(parse_args([str(part) for name, value in named.items() for part in (f"--{name}", value)]), CPU)
-    return teacher
+    parser = argparse.ArgumentParser()
+    add_teacher_arguments(parser)
+    args = parser.parse_args([str(part) for name, value in named.items() for part in (f"--{name}", value)])
+    return Teacher(args, CPU)
 
 
 def operator_states(unet: DSNOUNet2DModel, noises: Noises) -> torch.Tensor:

@@ -23,17 +23,15 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import GenieScheduler, GenieUNet2DModel, GGDMScheduler, ImageClassifier
 from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.learning.data import load_pictures
+from genie_diffusers.learning.features import features_of_data
+from genie_diffusers.learning.paths import in_batches, solver_of
+from genie_diffusers.learning.tables import LearnedTable, sample_by
 from genie_diffusers.metrics import PACKAGED_CLASSIFIER, QualityDistance, ReferenceFeatures
+from quality import DISTANCES, choose_pictures, number, sample, to_json, write_json
+from solver_error import run
 
 ROOT = Path(__file__).parent
-sys.path += [str(ROOT), str(ROOT.parent / "training")]
-from feature_networks import features_of_data  # noqa: E402
-from learned_tables import LearnedTable, sample_by  # noqa: E402
-from ode_paths import in_batches, solver_of  # noqa: E402
-from quality import DISTANCES, choose_pictures, number, sample, to_json, write_json  # noqa: E402
-from solver_error import run  # noqa: E402
-from training_utils import load_pictures  # noqa: E402
-
 RESULTS = ROOT / "results"
 #: what the paper compares with; the rest of quality.py's samplers are compared with besides
 BASELINES = ["DDPM", "DDIM", "DEIS-3", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC-2", "UniPC-3"]

@@ -12,7 +12,6 @@ derivative in time is a difference quotient, shows what a model trained at integ
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +21,7 @@ import torch
 
 from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
-from genie_diffusers.models.exact_slope import forward_mode, velocity_of
-
-ROOT = Path(__file__).parent
-sys.path.append(str(ROOT.parent / "training"))
-from ode_paths import (  # noqa: E402
+from genie_diffusers.learning.paths import (
     Noises,
     draw_guided,
     noise_of,
@@ -36,7 +31,9 @@ from ode_paths import (  # noqa: E402
     solver_of,
     teacher_of,
 )
+from genie_diffusers.models.exact_slope import forward_mode, velocity_of
 
+ROOT = Path(__file__).parent
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 REFERENCE_CALLS = 100
 #: every so many points of the converged solutions, where λ is in this range; quotients are over two points

@@ -11,13 +11,11 @@ the noises that errors are stated on, through each solver on its best grid, belo
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parent))
 from solver_error import (
     OWN,
     begin,

@@ -11,7 +11,6 @@ All that lives is proportional to the number of pixels, so that 1024 pixels take
 
 import argparse
 import json
-import sys
 import weakref
 from pathlib import Path
 
@@ -21,13 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genie_diffusers import DerivativeHead, GenieScheduler, StepHead
+from genie_diffusers.learning.conditions import Conditioned, rematerialised, with_head
+from genie_diffusers.learning.derivative_heads import SlopeDistillation
+from genie_diffusers.learning.paths import Noises, predict
 
 ROOT = Path(__file__).parent
-sys.path.append(str(ROOT.parent / "training"))
-from conditions import Conditioned, rematerialised, with_head  # noqa: E402
-from ode_paths import Noises, predict  # noqa: E402
-from train_genie_head import SlopeDistillation  # noqa: E402
-
 #: the published architectures
 MODELS = {
     "Stable Diffusion 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},

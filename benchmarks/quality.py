@@ -31,8 +31,6 @@ from genie_diffusers import GenieScheduler, GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.metrics import PACKAGED_CLASSIFIER, Estimate, QualityDistance, frechet_estimate
 from genie_diffusers.models.derivative_head import fingerprint
-
-sys.path.append(str(Path(__file__).parent))
 from solver_error import GGDM, OWN, PEERS, STOCHASTIC, Noises, in_batches, run, scheduler_of, sources_of
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,7 +11,6 @@ calls, and its error stated on others. Writes `benchmarks/results/round_trip.jso
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import diffusers
@@ -26,12 +25,10 @@ from diffusers import (
 
 from genie_diffusers import GenieInverseScheduler, GenieScheduler, GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
+from genie_diffusers.learning.data import load_pictures
+from genie_diffusers.learning.paths import Noises, in_batches, predict, relative_error
 
 ROOT = Path(__file__).parent
-sys.path.append(str(ROOT.parent / "training"))
-from ode_paths import Noises, in_batches, predict, relative_error  # noqa: E402
-from training_utils import load_pictures  # noqa: E402
-
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 ENCODER = Path(PACKAGED_MODEL).parent / "genie-inverse-cifar10-16"
 PEERS = ("DDIM", "DPM-Solver++")

@@ -11,7 +11,6 @@ measured.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,20 +32,10 @@ from matplotlib.figure import Figure
 from genie_diffusers import ExactSlope, GenieScheduler, GenieUNet2DModel, GGDMScheduler, QuasiTaylorScheduler
 from genie_diffusers.cli import PACKAGED_MODEL
 from genie_diffusers.core.time_grids import distinct_integers, time_grid
+from genie_diffusers.learning.fitting import TablesAlone
+from genie_diffusers.learning.paths import Noises, draw, draw_guided, in_batches, predict, relative_error, solver_of
 
 ROOT = Path(__file__).parent
-sys.path.append(str(ROOT.parent / "training"))
-from ode_paths import (  # noqa: E402
-    Noises,
-    TablesAlone,
-    draw,
-    draw_guided,
-    in_batches,
-    predict,
-    relative_error,
-    solver_of,
-)
-
 HEAD = Path(PACKAGED_MODEL).parent / "genie-head-cifar10-16"
 GGDM = Path(PACKAGED_MODEL).parent / "ggdm-cifar10-16"
 #: 0.0002 from the solution with all 1000 timesteps, 0.0004 at guidance scale 7.5

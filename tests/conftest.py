@@ -3,7 +3,9 @@
 import json
 import math
 import string
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -11,10 +13,12 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
@@ -259,5 +263,50 @@ def make_stable_diffusion(tokenizer, like_trained):
         pipe = pipeline_class(vae=vae.eval(), unet=like_trained(unet), scheduler=scheduler, **components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data set of 16x12 pictures in the Hub's parquet layout."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)) for _ in range(40)]
+    labels = [i % 3 for i in range(40)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(
+        folder / "train-00000-of-00001.parquet"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captioned_data(tmp_path_factory) -> Path:
+    """A folder of 20x16 pictures with captions, as `datasets` and the Hub know it."""
+    folder = tmp_path_factory.mktemp("data") / "captioned"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    captions = ["a cat", "a dog on a mat", "cats", "the sea", "a b c", ""] * 4
+    lines = []
+    for i, caption in enumerate(captions):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((20, 16)).save(folder / f"{i:02}.png")
+        lines.append(json.dumps({"file_name": f"{i:02}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_base(make_stable_diffusion, tmp_path_factory):
+    """A text-to-image checkpoint in the layout of the Hub: `make_base(StableDiffusionInpaintPipeline, 9)`."""
+
+    def make(pipeline_class=StableDiffusionPipeline, unet_channels=4, scheduler=None) -> Path:
+        folder = tmp_path_factory.mktemp("base") / "model"
+        make_stable_diffusion(pipeline_class, unet_channels, scheduler).save_pretrained(folder)
+        return folder
 
     return make

@@ -35,12 +35,22 @@ class Plan:
         parametrisation ([`Parametrisation`] or anything with its `to_noise_row` and `to_data_row`):
             What the model predicts.
         clips (`bool`, defaults to `False`): Whether x_0 is clipped, so that nothing linear can be folded.
+        fold (`bool`, defaults to `True`):
+            Whether conversions of the model's output are folded into the rows. Where weights are learned, their
+            gradients need what they weigh to be at hand, and nothing else.
         combine (`Callable`, *optional*):
             `combine(weights, states)` for weights that are no numbers, [`LinearDiffusion.combine`].
     """
 
-    def __init__(self, table: Table, parametrisation: Any, clips: bool = False, combine: Callable | None = None):
-        self.table, self.clips, self._combine = table, clips, combine
+    def __init__(
+        self,
+        table: Table,
+        parametrisation: Any,
+        clips: bool = False,
+        combine: Callable | None = None,
+        fold: bool = True,
+    ):
+        self.table, self.clips, self._combine, self._folds = table, clips, combine, fold
         table = table.fold()
         steps = range(len(table))
         rows = table.rows
@@ -58,14 +68,14 @@ class Plan:
         asked = self.sourced["slope"] | self.sourced["residual"]
         # A source is told the slope of the history, which is a difference of the last two predictions.
         self._histories = {i - 1 for i in asked}
-        self.noisy = {i for i in steps if np.any(row_weight(rows[i], "noise"))}
+        self.noisy = {i for i in steps if _counts(rows[i].get(("noise", 0), 0.0))}
         self.depth = max((lag for row in rows for _, lag in row), default=0) + 1
         self.depth = max(self.depth, 2) if asked else self.depth
         back: Sequence[Row] = ()
         if clips:
             levels = [table.model_level(index) for index in steps]
             back = [{("sample", 0): 1 / sigma, ("data", 0): -alpha / sigma} for alpha, sigma in levels]
-        else:
+        elif fold:
             rows = [_folded(row, to_noise[i], to_data[i]) for i, row in enumerate(rows)]
         self._rows: dict[str, Sequence[Row]] = {"step": rows, "prediction": to_noise, "data": to_data, "back": back}
         self._tensors: dict = {}
@@ -103,8 +113,9 @@ class Plan:
                 now["prediction"] = self._apply("back", index, now, dtype)
         else:
             # what no later step weighs is folded into the row of this one
+            made = self.kept[index] if self._folds else needs
             for what in ("prediction", "data"):
-                if what in self.kept[index]:
+                if what in made:
                     now[what] = self._apply(what, index, now, dtype)
         if asked or index in self._histories:
             # A source knows the prediction of its model, not the clipped one.
@@ -250,6 +261,7 @@ def run(
     clip: Callable | None = None,
     begin: int = 0,
     visit: Callable | None = None,
+    fold: bool = True,
 ) -> torch.Tensor:
     """
     Sample with a table.
@@ -265,11 +277,13 @@ def run(
         source, clip (`Callable`, *optional*): As in [`step`].
         begin (`int`, defaults to 0): The step to start with.
         visit (`Callable`, *optional*): Called in each step as `visit(index, tensors)`, with the tensors it adds up.
+        fold (`bool`, defaults to `True`): As in [`Plan`].
 
     Returns:
         `torch.Tensor`: Where the run ends, clean data for most tables.
     """
-    plan = Plan(table, Parametrisation() if parametrisation is None else parametrisation, clips=clip is not None)
+    parametrisation = Parametrisation() if parametrisation is None else parametrisation
+    plan = Plan(table, parametrisation, clips=clip is not None, fold=fold)
     seen: Seen = ()
     for index in range(begin, len(plan)):
         output, fresh = model(sample, table.timesteps[index]), None
@@ -298,10 +312,6 @@ def conversions(table: Table, parametrisation: Any) -> tuple[list[Row], list[Row
 
 def _counts(weight: Any) -> bool:
     return torch.is_tensor(weight) or bool(np.any(weight) if np.ndim(weight) else weight)
-
-
-def row_weight(row: Row, what: str) -> Any:
-    return row.get((what, 0), 0.0)
 
 
 def _folded(row: Row, to_noise: Row, to_data: Row) -> Row:

@@ -6,7 +6,7 @@ import torch
 import guided_slope
 from genie_diffusers import GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
-from ode_paths import draw_guided, predict
+from genie_diffusers.learning.paths import draw_guided, predict
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import guided_solver_error
 import solver_error
 from genie_diffusers import GenieUNet2DModel
 from genie_diffusers.cli import PACKAGED_MODEL
-from ode_paths import Noises, draw_guided, predict
+from genie_diffusers.learning.paths import Noises, draw_guided, predict
 
 DDIM, OURS = "DDIM", "GENIE, step head"
 SMALL = ["--noises", "3", "--choice_noises", "2", "--calls", "8"]

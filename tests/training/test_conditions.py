@@ -12,11 +12,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-import conditions
-import ode_paths
-import train_step_head
-import training_utils
 from genie_diffusers import GeniePipeline, GenieScheduler, StepHead
+from genie_diffusers.learning import conditions, paths
+from genie_diffusers.learning.paths import draw, solve, solver_of
+from genie_diffusers.learning.run import RunLog
+from training import train_step_head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAPTIONS = ["a cat", "a dog on a mat", "cats", "the sea", "a b c"]
@@ -64,7 +64,7 @@ def train(base, output_dir, **named) -> None:
 
 
 def losses(output_dir: Path) -> list[float]:
-    return [loss for _, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")]
+    return [loss for _, loss, _ in RunLog.read(output_dir / "loss.csv")]
 
 
 def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, captions, tmp_path):
@@ -102,6 +102,7 @@ def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, c
     assert "distilled from other weights" not in fresh.stderr
     card = ModelCard.load(tmp_path / "head" / "README.md").text
     assert "GenieStableDiffusionPipeline.from_pretrained" in card and "accelerate launch" in card
+    assert "fitted to 8 solutions, a third of them guided" in card
 
 
 @pytest.mark.parametrize("pipeline_class", [StableDiffusionPipeline, StableDiffusionXLPipeline])
@@ -113,7 +114,7 @@ def test_a_class_is_a_caption_and_the_last_one_the_empty_prompt(make_base, capti
     denoiser, _ = conditions.conditioned(unet, args, "no", torch.device("cpu"))
     config = denoiser.config
     assert (config.num_class_embeds, config.in_channels, config.sample_size) == (5, 4, 16)
-    assert ode_paths.null_labels(denoiser, torch.tensor([0, 3, 4])).min() >= 4
+    assert paths.null_labels(denoiser, torch.tensor([0, 3, 4])).min() >= 4
     pipe = pipeline_class.from_pretrained(model)
     sample, timestep = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
     found, expected = denoiser(sample, timestep, class_labels=torch.tensor([1, 4])).sample, []
@@ -156,7 +157,7 @@ def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, caption
         if name == "checkpointed":
             conditions.rematerialised(model_with_head)
         denoiser, _ = conditions.conditioned(model_with_head, args, "no", torch.device("cpu"))
-        scheduler = train_step_head.solver_of(GenieScheduler.load_config(base, subfolder="scheduler"))
+        scheduler = solver_of(GenieScheduler.load_config(base, subfolder="scheduler"))
         scheduler.attach(denoiser)
         kept: dict[int, int] = {}
 
@@ -164,9 +165,9 @@ def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, caption
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        noises = train_step_head.draw(denoiser, 2, 0, 0.1)
+        noises = draw(denoiser, 2, 0, 0.1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            train_step_head.solve(denoiser, scheduler, 3, noises).sum()
+            solve(denoiser, scheduler, 3, noises).sum()
         saved[name] = sum(kept.values())
     assert saved["checkpointed"] < 0.5 * saved["plain"]
 

@@ -22,12 +22,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import conditions
-import ode_paths
-import train_genie_head
-import train_step_head
-import training_utils
 from genie_diffusers import DerivativeHead, ExactSlope, GeniePipeline, GenieScheduler, StepHead
+from genie_diffusers.learning import conditions, paths
+from genie_diffusers.learning.derivative_heads import SlopeDistillation
+from genie_diffusers.learning.run import RunLog
+from training import train_genie_head, train_step_head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -74,7 +73,7 @@ def train(*args, **named) -> None:
 
 
 def losses(output_dir: Path) -> list[float]:
-    return [loss for _, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")]
+    return [loss for _, loss, _ in RunLog.read(output_dir / "loss.csv")]
 
 
 def conditioned(base, data, output_dir, latents=True, **named):
@@ -141,7 +140,7 @@ def test_the_denoiser_is_called_as_its_own_pipeline_calls_it(make_base, captione
         given = {"image": picture.resize((8, 8), Image.Resampling.BOX), "noise_level": 0}
     pipe("a dog on a mat", latents=sample, num_inference_steps=1, guidance_scale=5.0, output_type="latent", **given)
     label = torch.tensor([number])
-    labels = torch.cat([ode_paths.null_labels(denoiser, label), label])
+    labels = torch.cat([paths.null_labels(denoiser, label), label])
     with torch.no_grad():
         denoiser(sample.repeat(2, 1, 1, 1), torch.tensor(500), class_labels=labels)
     (theirs, their_text, their_level, *their_added), (ours, our_text, our_level, *our_added) = seen
@@ -181,9 +180,7 @@ def test_target_is_the_exact_slope_beside_further_channels_along_the_guided_path
     base = make_base(*TASKS[task], scheduler)
     denoiser, latents = conditioned(base, captioned_data, tmp_path / "run")
     process = GenieScheduler.from_config(scheduler.config).process
-    distillation = train_genie_head.SlopeDistillation(
-        denoiser, process, "v_prediction", max_guidance_scale=5.0, branch_dropout=0.4
-    )
+    distillation = SlopeDistillation(denoiser, process, "v_prediction", max_guidance_scale=5.0, branch_dropout=0.4)
     batch = conditions.LatentStream(latents, range(24), seed=0).__getitems__(list(range(8)))
     inputs, slope = distillation(batch, CPU)
     exact = ExactSlope(denoiser.unet)
@@ -221,7 +218,7 @@ def test_half_precision_is_that_of_the_denoiser_alone_and_hardly_changes_the_tar
     for dtype in (torch.float32, torch.float16):
         denoiser.unet.to(dtype)
         denoiser.unet.derivative_head.float()
-        distillation = train_genie_head.SlopeDistillation(denoiser, process, "epsilon", 0.3, 5.0, 0.25)
+        distillation = SlopeDistillation(denoiser, process, "epsilon", 0.3, 5.0, 0.25)
         inputs, slope = distillation(batch, CPU)
         assert {values.dtype for values in inputs.values()} == {torch.float32}
         targets.append(slope)
@@ -286,7 +283,7 @@ def test_latents_and_embeddings_are_computed_once_and_for_these_arguments(
     for name, value, before in (("resolution", 8, "None"), ("max_captions", 7, "10000")):
         message = f"`--{name}` must be {before}, with which .*pictures.safetensors was computed, got {value}"
         with pytest.raises(ValueError, match=message):
-            train(base, captioned_data, head, resume_from_checkpoint="latest", **{name: value})
+            train(base, captioned_data, head, resume_from_checkpoint="latest", max_train_steps=6, **{name: value})
 
 
 @every_task

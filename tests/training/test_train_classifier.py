@@ -6,10 +6,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-import train_classifier
-import training_utils
 from genie_diffusers import ImageClassifier
+from genie_diffusers.learning.data import load_pictures
+from genie_diffusers.learning.run import RunLog
 from genie_diffusers.metrics import QualityDistance
+from training import train_classifier
 
 ARGUMENTS = ["--test_split", "train", "--resolution", "8", "--random_flip", "--block_out_channels", "8", "16"]
 ARGUMENTS += ["--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1", "--learning_rate", "1e-2"]
@@ -25,7 +26,7 @@ def resumed(data, tmp_path_factory):
     losses = []
     for _ in range(2):
         train_classifier.main(args)
-        losses.append(training_utils.RunLog.read(args.output_dir / "loss.csv"))
+        losses.append(RunLog.read(args.output_dir / "loss.csv"))
         shutil.rmtree(args.output_dir / "checkpoint-4")
     return args, losses
 
@@ -33,9 +34,7 @@ def resumed(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures(resumed):
     args, _ = resumed
-    return training_utils.load_pictures(
-        args.dataset_name, 8, 3, label_column=args.label_column, cache_dir=args.cache_dir
-    )
+    return load_pictures(args.dataset_name, 8, 3, label_column=args.label_column, cache_dir=args.cache_dir)
 
 
 def as_images(pictures) -> torch.Tensor:
@@ -68,13 +67,3 @@ def test_reference_holds_the_features_of_the_saved_weights(resumed, pictures):
     assert torch.allclose(covariance, features.T.cov(), atol=1e-6)
     assert torch.allclose(reference_features.double(), features, rtol=1e-3, atol=1e-4)
     assert distance.estimate(features.repeat(3, 1))["frechet_distance"].value < 1e-3
-
-
-def test_random_crop_shifts_pictures_and_mirrors_what_comes_in():
-    row = torch.arange(6.0).expand(1, 3, 4, 6)
-    choices = torch.tensor([[0.5, 0.0], [0.5, 0.5], [0.5, 0.99]])
-    shifted = train_classifier.random_crop(row.expand(3, 3, 4, 6), 2, choices)
-    expected = [[2, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 4, 3]]
-    assert shifted[:, 0, 0].tolist() == expected
-    column = train_classifier.random_crop(row.transpose(2, 3), 2, torch.tensor([[0.0, 0.5]]))
-    assert column[0, 0, :, 0].tolist() == expected[0]

@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +11,15 @@ from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import generate_trajectories
-import train_dsno
-import training_utils
 from genie_diffusers import DSNOPipeline, GeniePipeline, GenieScheduler, ImageClassifier
-from ode_paths import Noises
+from genie_diffusers.learning import operators
+from genie_diffusers.learning.operators import (
+    HeldOut,
+    check,
+)
+from genie_diffusers.learning.run import RunLog
+from genie_diffusers.learning.solutions import Teacher, TrajectoryStream
+from training import generate_trajectories, train_dsno
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -79,7 +82,7 @@ def train(base, output_dir, **named) -> None:
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    return {step: loss for step, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")}
+    return {step: loss for step, loss, _ in RunLog.read(output_dir / "loss.csv")}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +113,12 @@ def test_a_resumed_run_has_the_losses_and_the_weights_of_a_whole_one(base, solut
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for output_dir, last in ((whole, 4), (resumed, 2)):
         train(base, output_dir, max_train_steps=last, **options)
-    monkeypatch.setattr(train_dsno, "fit_start", None)
+    monkeypatch.setattr(operators, "fit_start", None)
     train(base, resumed, resume_from_checkpoint="latest", **options)
     assert list(losses(resumed)) == [1, 2, 3, 4]
     assert losses(resumed) == losses(whole)
     with pytest.raises(ValueError, match=r"`--fit_trajectories` must be 16, with which .*start was computed, got 17"):
-        train(base, resumed, resume_from_checkpoint="latest", fit_trajectories=17, **options)
+        train(base, resumed, resume_from_checkpoint="latest", max_train_steps=5, fit_trajectories=17, **options)
     pipes = [DSNOPipeline.from_pretrained(folder) for folder in (resumed, whole)]
     assert pipes[0].unet.config.timesteps == pipes[1].unet.config.timesteps
     assert all(torch.equal(a, b) for a, b in zip(*(pipe.unet.parameters() for pipe in pipes), strict=True))
@@ -166,96 +169,11 @@ def test_features_pull_at_every_weight(base, solutions, tmp_path):
 # --- its parts -------------------------------------------------------------------------------------------------------
 
 
-class Gaussian(torch.nn.Module):
-    """The denoiser of data N(0.7, 0.5²), and labels that mean nothing."""
-
-    def __init__(self, process):
-        super().__init__()
-        self.process = process
-
-    def forward(self, sample, timestep, class_labels=None):
-        alpha, sigma = float(self.process.alpha(float(timestep))), float(self.process.sigma(float(timestep)))
-        output = sigma * (sample - 0.7 * alpha) / (alpha**2 * 0.25 + sigma**2)
-        return SimpleNamespace(sample=output)
-
-
-def test_start_is_fitted_exactly_where_the_teacher_is_linear_and_told_decreasing_timesteps(noise):
-    process = GenieScheduler().process
-    noises = Noises(noise(64, 3, 4, 4), None, None)
-    states = torch.stack([0.7 * a + s * noises.noise for a, s in ((0.2, 0.98), (0.7, 0.75), (1.0, 0.5))], dim=1)
-    timesteps, weights, missed = train_dsno.fit_start(Gaussian(process), process, noises, states, batch_size=20)
-    assert max(missed) < 1e-3
-    assert timesteps == sorted(set(timesteps), reverse=True)
-    unet = Gaussian(process)
-    for m, (tau, (of_noise, of_output)) in enumerate(zip(timesteps, weights, strict=True)):
-        found = of_noise * noises.noise + of_output * unet(noises.noise, tau).sample
-        torch.testing.assert_close(found, states[:, m], rtol=0, atol=5e-3)
-
-
-def test_start_tells_the_most_useful_timestep_first_to_the_picture(noise):
-    """Of a teacher that knows the answer at three timesteps, in the wrong order for two of them."""
-    process, x = GenieScheduler().process, noise(16, 1, 4, 4)
-    points = np.linspace(999, 0, train_dsno.CANDIDATES).round()
-    first, second = float(points[5]), float(points[20])
-    answers = {first: noise(16, 1, 4, 4, seed=1), second: noise(16, 1, 4, 4, seed=2)}
-
-    def unet(sample, timestep, class_labels=None):
-        return SimpleNamespace(sample=answers.get(float(timestep), noise(16, 1, 4, 4, seed=9) + float(timestep)))
-
-    noises = Noises(x, None, None)
-    states = torch.stack([answers[first] + x, 2 * answers[second] - x], dim=1)
-    timesteps, weights, missed = train_dsno.fit_start(unet, process, noises, states, batch_size=16)
-    assert timesteps == [first, second] and max(missed) < 1e-6
-    np.testing.assert_allclose(weights, [[1, 1], [-1, 2]], atol=1e-6)
-    swapped, _, missed = train_dsno.fit_start(unet, process, noises, states.flip(1), batch_size=16)
-    assert swapped[1] == first and swapped[0] > first and missed[1] < 1e-6 < missed[0]
-
-
-def test_weights_of_time_points_are_clamped_square_roots_of_the_signal_to_noise_ratio():
-    process = GenieScheduler().process
-    weights = train_dsno.loss_weights(process, [800.0, 100.0, -1.0], 1e4)
-    assert weights.mean() == pytest.approx(1.0)
-    ratio = float(process.alpha(100.0) / process.sigma(100.0))
-    assert 1 < ratio < 10
-    torch.testing.assert_close(weights / weights[0], torch.tensor([1.0, ratio, 1e4]))
-    assert float(train_dsno.loss_weights(process, [800.0, -1.0], 20.0)[1]) == pytest.approx(2 * 20 / 21)
-
-
-def test_errors_of_states_are_means_over_everything_but_time():
-    a, b = torch.zeros(2, 3, 1, 2, 2), torch.zeros(2, 3, 1, 2, 2)
-    b[:, 1], b[0, 2, 0, 0, 0] = 0.5, -2.0
-    torch.testing.assert_close(train_dsno.state_errors(a, b, "l1"), torch.tensor([0.0, 0.5, 0.25]))
-    torch.testing.assert_close(train_dsno.state_errors(a, b, "l2"), torch.tensor([0.0, 0.25, 0.5]))
-
-
-def test_errors_of_features_compare_directions_at_each_pixel():
-    target = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    prediction = target.clone()
-    prediction[:, 1] *= 3
-    prediction[:, 2] *= -1
-    errors = train_dsno.feature_errors(prediction, target, lambda images: [images, images[:, :, ::2, ::2]])
-    # opposite unit vectors are 2 apart, in each of the two maps
-    torch.testing.assert_close(errors, torch.tensor([0.0, 0.0, 8.0]), rtol=1e-5, atol=1e-5)
-
-
-def test_learning_rate_falls_at_milestones_after_the_warm_up(base):
-    args = train_dsno.parse_args(
-        arguments(base, "run", lr_milestones="6,8", lr_gamma=0.1, lr_warmup_steps=4, learning_rate=1.0)
-    )
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    schedule, rates = train_dsno.learning_rates(args, optimizer), []
-    for _ in range(10):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.01, 0.01])
-
-
 def test_held_out_noises_are_not_those_of_the_training(base, solutions):
     args = train_dsno.parse_args(arguments(base, "run"))
-    teacher = generate_trajectories.Teacher(args, torch.device("cpu"))
-    held_out = train_dsno.HeldOut(teacher, 4, 0, 4, torch.device("cpu"))
-    stored = generate_trajectories.TrajectoryStream(solutions, seed=0).rows(list(range(40)))["noise"]
+    teacher = Teacher(args, torch.device("cpu"))
+    held_out = HeldOut(teacher, 4, 0, 4, torch.device("cpu"))
+    stored = TrajectoryStream(solutions, seed=0).rows(list(range(40)))["noise"]
     assert not any(torch.equal(a, b) for a in held_out.noises.noise for b in stored)
 
 
@@ -287,4 +205,4 @@ def test_solutions_of_other_weights_are_refused(base, solutions, tmp_path):
 def test_skipping_needs_shards(base, tmp_path):
     args = train_dsno.parse_args([*arguments(base, tmp_path / "run"), "--skip_damaged_shards"])
     with pytest.raises(ValueError, match="`--skip_damaged_shards` needs `--trajectories`"):
-        train_dsno.check(args)
+        check(args)

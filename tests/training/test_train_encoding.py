@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 
-import train_encoding
-from genie_diffusers import GenieInverseScheduler, GeniePipeline, GenieScheduler, GenieUNet2DModel
-from ode_paths import Noises, relative_error
+from genie_diffusers import GenieInverseScheduler, GeniePipeline
+from genie_diffusers.learning.paths import relative_error
+from training import train_encoding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -74,39 +74,6 @@ def trained(base, data, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_what_is_learned_from_is_what_is_sampled(base, prediction_type):
-    """The round trip agrees with that of the schedulers, before and after the rows are moved."""
-    unet = GenieUNet2DModel.from_pretrained(base, subfolder="unet")
-    config = GenieScheduler.load_config(base, subfolder="scheduler")
-    encoder = GenieInverseScheduler.from_config(
-        {**config, "clip_sample": False, "prediction_type": prediction_type}, **train_encoding.OPTIONS
-    )
-    generator = torch.Generator().manual_seed(0)
-    pictures = Noises(torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2]), None)
-    trip = train_encoding.RoundTrip(encoder, 5, torch.device("cpu"))
-    trip.whiten(unet, pictures, 1.0)
-
-    def by_schedulers(encoder) -> torch.Tensor:
-        sample = pictures.noise
-        for scheduler in (encoder, GenieScheduler.from_config(encoder.config)):
-            scheduler.set_timesteps(5)
-            sample = sample * scheduler.init_noise_sigma
-            for timestep in scheduler.timesteps:
-                output = unet(sample, timestep, class_labels=pictures.labels).sample
-                sample = scheduler.step(output, timestep, sample).prev_sample
-        return relative_error(sample, pictures.noise)
-
-    with torch.no_grad():
-        before = trip(unet, pictures).sqrt()
-        torch.testing.assert_close(before, by_schedulers(encoder), rtol=1e-3, atol=1e-5)
-        trip.encoder.weights += 0.3 * torch.randn(trip.encoder.weights.shape, generator=generator).double()
-        after = trip(unet, pictures).sqrt()
-        moved = GenieInverseScheduler.from_config(encoder.config, encoding={"5": trip.rows()})
-        torch.testing.assert_close(after, by_schedulers(moved), rtol=1e-3, atol=1e-5)
-        assert (after - before).abs().max() > 0.01 * before.max()
-
-
 def test_learning_brings_round_trips_closer(trained):
     found = np.array(losses(trained))
     assert found[-10:].mean() < 0.95 * found[:4].mean()
@@ -119,11 +86,11 @@ def test_result_is_an_encoder_of_a_pipeline(base, trained):
     pipe = GeniePipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     encoder = GenieInverseScheduler.from_pretrained(trained)
-    assert set(encoder.config.encoding) == {"2", "3"}
+    assert set(encoder.config.tables) == {"2", "3"}
     pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     states = []
-    for encoding in (encoder.config.encoding, None):
-        pipe.scheduler = GenieInverseScheduler.from_config(encoder.config, encoding=encoding)
+    for encoding in (encoder.config.tables, None):
+        pipe.scheduler = GenieInverseScheduler.from_config(encoder.config, tables=encoding)
         options = {"class_labels": [0, 1], "num_inference_steps": 3, "output_type": "latent"}
         states.append(pipe(latents=pictures, **options).images)
     assert 1e-4 < relative_error(*states).max() < 1
@@ -133,13 +100,13 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(base, data, trained, tmp
     train(base, data, tmp_path / "encoder", checkpointing_steps=20)
     (tmp_path / "encoder" / "checkpoint-40").rename(tmp_path / "not-a-checkpoint")
     train(base, data, tmp_path / "encoder", checkpointing_steps=20, resume_from_checkpoint="latest")
-    rows = [GenieInverseScheduler.load_config(folder)["encoding"] for folder in (trained, tmp_path / "encoder")]
+    rows = [GenieInverseScheduler.load_config(folder)["tables"] for folder in (trained, tmp_path / "encoder")]
     assert rows[0] == rows[1]
 
 
 def test_an_earlier_result_is_gone_on_with_and_its_other_rows_are_kept(base, data, trained, tmp_path):
     train(base, data, tmp_path / "more", origin=trained, num_inference_steps=3, max_train_steps=12)
-    earlier, later = (GenieInverseScheduler.load_config(folder)["encoding"] for folder in (trained, tmp_path / "more"))
+    earlier, later = (GenieInverseScheduler.load_config(folder)["tables"] for folder in (trained, tmp_path / "more"))
     assert later["2"] == earlier["2"]
     own = [error for line in (tmp_path / "more" / "README.md").read_text().splitlines() for error in line.split("|")]
     text = ModelCard.load(trained / "README.md").text

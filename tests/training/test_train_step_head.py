@@ -12,10 +12,11 @@ from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import ode_paths
-import train_step_head
-import training_utils
 from genie_diffusers import GeniePipeline, GenieScheduler, GenieUNet2DModel, StepHead
+from genie_diffusers.learning import fitting, paths, step_heads
+from genie_diffusers.learning.run import RunLog
+from genie_diffusers.learning.step_heads import check, keep_what_helps
+from training import train_step_head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def train(base, output_dir, **named) -> None:
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    return {step: loss for step, loss, _ in training_utils.RunLog.read(output_dir / "loss.csv")}
+    return {step: loss for step, loss, _ in RunLog.read(output_dir / "loss.csv")}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def trained(base, tmp_path_factory) -> Path:
     """Four steps of training, whose network is kept whether it helps or not."""
     output_dir = tmp_path_factory.mktemp("run") / "solver"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step_head, "keep_what_helps", lambda *args: None)
+        patch.setattr(step_heads, "keep_what_helps", lambda *args: None)
         train(base, output_dir, max_guidance_scale=3.0)
     return output_dir
 
@@ -115,9 +116,9 @@ def test_head_has_a_table_for_each_number_of_calls_and_works_in_those_it_is_for(
     head = StepHead.from_pretrained(trained)
     assert list(head.config.tables) == ["2", "3", "4"]
     for steps, table in head.config.tables.items():
-        assert len(table["timesteps"]) == len(table["weights"]) == len(table["residuals"]) == int(steps)
-        assert [len(weights) for weights in table["weights"]] == [2, 3, 4, 5][: int(steps)]
-        assert all((residual > 0) == (int(steps) < 4) for residual in table["residuals"])
+        assert len(table["timesteps"]) == len(table["rows"]) == int(steps)
+        assert [len(row["prediction"]) for row in table["rows"]] == [1, 2, 3, 4][: int(steps)]
+        assert all(("residual" in row) == (int(steps) < 4) for row in table["rows"])
     assert head.config.process["num_train_timesteps"] == 1000 and len(head.config.fingerprint) == 8
     assert head.conv_out.weight.norm() > 0
     assert not any((trained / name).exists() for name in ("unet", "model_index.json"))
@@ -130,16 +131,15 @@ def test_the_network_is_left_out_of_the_tables_that_are_better_alone(base, train
     kept = []
     for sign in (1.0, -1.0):  # a small constant added to all pictures brings them closer with one sign of the two
         head = StepHead.from_pretrained(trained)
-        tables = {
-            steps: {**table, "residuals": [0.0] * (int(steps) - 1) + [1e-3]}
-            for steps, table in head.config.tables.items()
-        }
+        tables = {steps: fitting.without_residuals(table) for steps, table in head.config.tables.items()}
+        for table in tables.values():
+            table["rows"][-1]["residual"] = [1e-3]
         head.register_to_config(tables=tables)
         torch.nn.init.zeros_(head.conv_out.weight)
         torch.nn.init.constant_(head.conv_out.bias, sign)
         model = GenieUNet2DModel.from_unet(unet, head)
-        train_step_head.keep_what_helps(args, model, head, config, CPU)
-        kept.append({steps: any(table["residuals"]) for steps, table in head.config.tables.items()})
+        keep_what_helps(args, model, head, config, CPU)
+        kept.append({steps: "residual" in table["rows"][-1] for steps, table in head.config.tables.items()})
     assert kept[0]["2"] != kept[1]["2"] and kept[0]["3"] != kept[1]["3"]
     assert kept[0]["4"] and kept[1]["4"], "4 calls are not among those of the network"
 
@@ -159,14 +159,14 @@ def test_a_resumed_run_reads_its_solutions_and_has_the_losses_and_the_head_of_a_
     for output_dir, last in ((whole, 4), (resumed, 2)):
         train(base, output_dir, max_train_steps=last)
     pictures = (resumed / "computed" / "trajectories.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(train_step_head, "fit_tables", None)
+    monkeypatch.setattr(step_heads, "fit_tables", None)
     train(base, resumed, resume_from_checkpoint="latest")
     assert (resumed / "computed" / "trajectories.safetensors").stat().st_mtime_ns == pictures
     assert list(losses(resumed)) == [1, 2, 3, 4]
     assert losses(resumed) == losses(whole)
-    for name, value in {"teacher_steps": 17, "train_trajectories": 13, "label_dropout": 0.2, "seed": 1}.items():
+    for name, value in {"teacher_steps": 17, "train_trajectories": 13, "label_dropout": 0.2}.items():
         with pytest.raises(ValueError, match=f"`--{name}` must be .* was computed, got {value}"):
-            train(base, resumed, resume_from_checkpoint="latest", **{name: value})
+            train(base, resumed, resume_from_checkpoint="latest", max_train_steps=5, **{name: value})
     heads = [StepHead.from_pretrained(folder) for folder in (resumed, whole)]
     assert heads[0].config.tables == heads[1].config.tables
     assert all(torch.equal(a, b) for a, b in zip(*(head.parameters() for head in heads), strict=True))
@@ -202,33 +202,6 @@ def test_gradients_are_those_of_the_loss_however_a_batch_is_accumulated(base, tm
     assert norms["split"] == pytest.approx(norms["whole"], rel=1e-3)
 
 
-def test_gradients_are_unscaled_before_they_are_clipped(base, tmp_path, monkeypatch):
-    """The loss is scaled in half precision, which accelerate offers on accelerators alone."""
-    start, clip, norms = training_utils.start_accelerator, Accelerator.clip_grad_norm_, {}
-
-    def unscale(self, optimizer=None):
-        for prepared in self._optimizers:
-            self.scaler.unscale_(prepared.optimizer)
-
-    for name, scaler in {"plain": None, "scaled": torch.amp.GradScaler("cpu", init_scale=1024.0)}.items():
-        found = norms[name] = []
-
-        def start_scaled(args, scaler=scaler):
-            accelerator = start(args)
-            accelerator.scaler = scaler
-            return accelerator
-
-        def note(self, parameters, max_norm, found=found):
-            found.append(float(clip(self, parameters, max_norm)))
-
-        monkeypatch.setattr(train_step_head, "start_accelerator", start_scaled)
-        monkeypatch.setattr(Accelerator, "clip_grad_norm_", note)
-        if scaler is not None:
-            monkeypatch.setattr(Accelerator, "unscale_gradients", unscale)
-        train(base, tmp_path / name, max_train_steps=2)
-    assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-4)
-
-
 def test_the_network_learns_what_the_tables_leave(base, tmp_path):
     options = {"table_steps": 3, "head_steps": 3, "train_trajectories": 128, "fit_trajectories": 32}
     options |= {"train_batch_size": 16, "learning_rate": 3e-3, "head_width": 16, "ema_max_decay": 0.9}
@@ -244,124 +217,23 @@ def test_the_network_learns_what_the_tables_leave(base, tmp_path):
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 
-class Gaussian(torch.nn.Module):
-    """The denoiser of data N(0.7, s²), which is linear in the sample: ε = σ (x − 0.7 α)/(α² s² + σ²)."""
-
-    def __init__(self, std: float, scheduler: GenieScheduler):
-        super().__init__()
-        self.std, self.process = std, scheduler.process
-        self.config = SimpleNamespace(in_channels=3, sample_size=4, num_class_embeds=None)
-
-    def forward(self, sample, timestep, class_labels=None):
-        alpha, sigma = float(self.process.alpha(int(timestep))), float(self.process.sigma(int(timestep)))
-        offset = sample.double() - 0.7 * alpha
-        return SimpleNamespace(sample=(sigma * offset / (alpha**2 * self.std**2 + sigma**2)).to(sample.dtype))
-
-
-def fitted(unet, steps: int, grid: str, teacher_steps: int, paths: int = 32) -> tuple[dict, float]:
-    noises = ode_paths.draw(unet, paths * 5 // 4, 1, 0.0)
-    teacher = ode_paths.teacher_of({})
-    trajectories = ode_paths.Trajectories(unet, teacher, teacher_steps, noises, 16, CPU)
-    scheduler = ode_paths.solver_of({}, time_grid=grid)
-    return ode_paths.fit_table(unet, scheduler, steps, noises, trajectories, paths, 16, CPU)
-
-
 def solved(unet, scheduler, steps: int, noises) -> torch.Tensor:
     with torch.no_grad():
-        return ode_paths.solve(unet, scheduler, steps, noises)
-
-
-@pytest.mark.parametrize("grid", train_step_head.GRIDS)
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_tables_of_a_single_data_point_are_exact(steps, grid):
-    scheduler = ode_paths.solver_of({}, time_grid=grid)
-    table, error = fitted(Gaussian(0.0, scheduler), steps, grid, teacher_steps=10)
-    assert error < 1e-4 and max(table["residuals"]) < 1e-4
-    assert len(table["timesteps"]) == steps
-
-
-def test_tables_of_gaussian_data_land_on_the_exact_solution():
-    """x = α 0.7 + √(α² s² + σ²) z along the ODE: even one step is exact, where those of DDIM are far off."""
-    unet = Gaussian(0.5, GenieScheduler())
-    for steps in (2, 4):
-        table, error = fitted(unet, steps, "uniform_lambda", teacher_steps=60)
-        assert error < 1e-3
-        scheduler = ode_paths.solver_of({})
-        scheduler.attach(ode_paths.TablesAlone({str(steps): table}))
-        noises = ode_paths.draw(unet, 8, 9, 0.0)
-        process = scheduler.process
-        alpha, sigma = float(process.alpha(999)), float(process.sigma(999))
-        first = table["timesteps"][0]
-        assert first == 999
-        z = (noises.noise - 0.7 * alpha) / (alpha**2 * 0.25 + sigma**2) ** 0.5
-        expected = 0.7 + 0.5 * z
-        found = solved(unet, scheduler, steps, noises)
-        assert ode_paths.relative_error(found, expected).mean() < 2e-3
-        ddim = solved(unet, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), steps, noises)
-        assert ode_paths.relative_error(ddim, expected).mean() > 0.03
+        return paths.solve(unet, scheduler, steps, noises)
 
 
 def test_tables_leave_less_error_than_ddim_on_noise_they_were_not_fitted_to(base, trained):
     unet = GenieUNet2DModel.from_pretrained(base, subfolder="unet").eval()
-    noises = ode_paths.draw(unet, 16, 9, 0.1)
-    reference = solved(unet, ode_paths.teacher_of({}), 60, noises)
-    scheduler = ode_paths.solver_of({})
-    scheduler.attach(ode_paths.TablesAlone(StepHead.load_config(trained)["tables"]))
+    noises = paths.draw(unet, 16, 9, 0.1)
+    reference = solved(unet, paths.teacher_of({}), 60, noises)
+    scheduler = paths.solver_of({})
+    scheduler.attach(fitting.TablesAlone(StepHead.load_config(trained)["tables"]))
     for steps in (2, 3, 4):
         ddim = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
         by_table, by_ddim = (
-            ode_paths.relative_error(solved(unet, solver, steps, noises), reference).mean()
-            for solver in (scheduler, ddim)
+            paths.relative_error(solved(unet, solver, steps, noises), reference).mean() for solver in (scheduler, ddim)
         )
         assert by_table < 0.7 * by_ddim
-
-
-@pytest.mark.parametrize("num_class_embeds", [None, 4])
-def test_noises_are_the_same_however_many_are_drawn_at_a_time_and_labelled_where_there_are_classes(num_class_embeds):
-    unet = SimpleNamespace(config=SimpleNamespace(sample_size=4, in_channels=3, num_class_embeds=num_class_embeds))
-    noises = ode_paths.draw(unet, 200, seed=0, label_dropout=0.2)
-    assert noises.noise.shape == (200, 3, 4, 4) and len(noises) == 200 and noises.scales is None
-    assert torch.equal(noises.noise, ode_paths.draw(unet, 200, seed=0, label_dropout=0.2).noise)
-    if num_class_embeds is None:
-        assert noises.labels is None
-        return
-    assert 0.1 < (noises.labels == 3).float().mean() < 0.3
-    assert set(noises.labels.tolist()) == {0, 1, 2, 3}
-    guided = ode_paths.draw(unet, 200, seed=0, label_dropout=0.0, max_guidance_scale=3.0)
-    assert set(guided.labels.tolist()) == {0, 1, 2}
-    assert guided.scales.min() >= 1 and 2.5 < guided.scales.max() <= 3
-
-
-def test_guided_predictions_combine_both_branches(base):
-    unet = UNet2DModel.from_pretrained(base, subfolder="unet").eval()
-    noises = ode_paths.draw(unet, 3, 0, 0.0, max_guidance_scale=4.0)
-    timestep = torch.tensor(300)
-    with torch.no_grad():
-        guided = ode_paths.predict(unet, noises.noise, timestep, noises)
-        for i, scale in enumerate(noises.scales):
-            null, own = (
-                unet(noises.noise[i : i + 1], timestep, class_labels=torch.tensor([label])).sample
-                for label in (3, int(noises.labels[i]))
-            )
-            torch.testing.assert_close(guided[i : i + 1], null + scale * (own - null), rtol=1e-4, atol=1e-5)
-
-
-def test_trajectories_pass_through_the_states_between_and_end_at_the_clean_pictures():
-    scheduler = GenieScheduler()
-    unet = Gaussian(0.5, scheduler)
-    noises = ode_paths.draw(unet, 4, 0, 0.0)
-    trajectories = ode_paths.Trajectories(unet, ode_paths.teacher_of({}), 80, noises, 4, CPU)
-    process = scheduler.process
-
-    def spread(alpha, sigma):
-        return (alpha**2 * 0.25 + sigma**2) ** 0.5
-
-    z = (noises.noise - 0.7 * float(process.alpha(999))) / spread(float(process.alpha(999)), float(process.sigma(999)))
-    for timestep in (900, 432, 77, 3):
-        alpha, sigma = float(process.alpha(timestep)), float(process.sigma(timestep))
-        found = trajectories.at(float(process.log_snr(timestep)))
-        torch.testing.assert_close(found, 0.7 * alpha + spread(alpha, sigma) * z, rtol=0, atol=1e-3)
-    torch.testing.assert_close(trajectories.at(float("inf")), 0.7 + 0.5 * z, rtol=0, atol=3e-3)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -387,4 +259,4 @@ def test_guidance_needs_classes():
     arguments_of_a_run = train_step_head.parse_args(arguments("base", "run", max_guidance_scale=2.0))
     unet = SimpleNamespace(config=SimpleNamespace(in_channels=3, out_channels=3, num_class_embeds=None))
     with pytest.raises(ValueError, match="`--max_guidance_scale` must be at least 1, and 1 for a model without"):
-        train_step_head.check(arguments_of_a_run, unet)
+        check(arguments_of_a_run, unet)

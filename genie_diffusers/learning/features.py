@@ -8,7 +8,7 @@ import datasets
 import torch
 
 from genie_diffusers import ImageClassifier
-from training_utils import from_pixels
+from genie_diffusers.learning.data import from_pixels
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 

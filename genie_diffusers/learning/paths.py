@@ -1,5 +1,6 @@
-"""Paths of a diffusion model's ODE, and rows of weights fitted to them: what the scripts share that learn samplers."""
+"""Paths of a diffusion model's ODE: where they start, how they are solved, how far two of them are apart."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +9,6 @@ from diffusers import UNet2DModel
 
 from genie_diffusers import GenieScheduler, GenieUNet2DModel
 from genie_diffusers.models.exact_slope import to_noise_prediction, velocity_of
-
-#: predictions a row weighs, this one and earlier ones
-HISTORY = 4
-#: of the mean square of the columns: enough to keep nearly equal predictions from large opposite weights
-RIDGE = 1e-7
 
 
 @dataclass
@@ -27,29 +23,81 @@ class Noises:
         return len(self.noise)
 
     def __getitem__(self, index) -> "Noises":
-        return Noises(
-            *(None if values is None else values[index] for values in (self.noise, self.labels, self.scales))
-        )
+        return self._each(lambda values: values[index])
 
     def to(self, device: torch.device) -> "Noises":
-        return Noises(*(None if values is None else values.to(device) for values in vars(self).values()))
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Noises":
+        labels, scales = (None if values is None else function(values) for values in (self.labels, self.scales))
+        return Noises(function(self.noise), labels, scales)
+
+    def at_scale(self, guidance_scale: float) -> "Noises":
+        """The same paths, all guided by this scale; 1 is no guidance, and so is any without classes."""
+        guided = self.labels is not None and guidance_scale != 1.0
+        return Noises(self.noise, self.labels, torch.full((len(self),), guidance_scale) if guided else None)
 
 
 def draw(unet: UNet2DModel, count: int, seed: int, label_dropout: float, max_guidance_scale: float = 1.0) -> Noises:
-    """Noises of `count` paths: guided, with scales uniform from 1 to `max_guidance_scale`, if that is more than 1."""
-    generator = torch.Generator().manual_seed(seed)
-    size, classes = unet.config.sample_size, unet.config.num_class_embeds
+    """Noises of `count` paths and what [`labelled`] says, a pure function of all arguments."""
+    generator, size = torch.Generator().manual_seed(seed), unet.config.sample_size
     noise = torch.randn((count, unet.config.in_channels, size, size), generator=generator)
-    labels = scales = None
-    if classes is not None:
-        has_null_class = label_dropout > 0 or max_guidance_scale > 1
-        labels = torch.randint(classes - has_null_class, (count,), generator=generator)
-        if max_guidance_scale > 1:
-            scales = 1.0 + (max_guidance_scale - 1.0) * torch.rand(count, generator=generator)
-        else:
-            dropped = torch.rand(count, generator=generator) < label_dropout
-            labels = torch.where(dropped, null_labels(unet, labels), labels)
-    return Noises(noise, labels, scales)
+    return labelled(noise, unet, generator, label_dropout, max_guidance_scale)
+
+
+def labelled(
+    noise: torch.Tensor,
+    unet: UNet2DModel,
+    generator: torch.Generator,
+    label_dropout: float = 0.0,
+    max_guidance_scale: float = 1.0,
+    null_class: bool = False,
+) -> Noises:
+    """
+    Paths from `noise`, with labels if there are classes.
+
+    Args:
+        noise (`torch.Tensor` of shape `(batch, channels, height, width)`): Where they start.
+        unet ([`UNet2DModel`] or `Conditioned`): The denoiser.
+        generator (`torch.Generator`): What labels and scales are drawn from.
+        label_dropout (`float`, defaults to 0.0): Share of the null class among unguided paths.
+        max_guidance_scale (`float`, defaults to 1.0):
+            If it is more than 1 all paths are guided, with scales uniform from 1 to this.
+        null_class (`bool`, defaults to `False`): Whether the last class is a null class though none is dropped.
+    """
+    classes, count = unet.config.num_class_embeds, len(noise)
+    if classes is None:
+        return Noises(noise, None, None)
+    null_class = null_class or label_dropout > 0 or max_guidance_scale > 1
+    labels = torch.randint(classes - null_class, (count,), generator=generator)
+    uniform = torch.rand(count, generator=generator)
+    if max_guidance_scale > 1:
+        return Noises(noise, labels, 1.0 + (max_guidance_scale - 1.0) * uniform)
+    return Noises(noise, torch.where(uniform < label_dropout, null_labels(unet, labels), labels), None)
+
+
+def draw_numbered(
+    unet: UNet2DModel, numbers: Sequence[int], seed: int, label_dropout: float, guidance_scale: float
+) -> Noises:
+    """
+    Noises of the paths with these numbers, each a pure function of `seed` and its number.
+
+    So any part of an endless sequence of paths can be drawn, in any order. A batch of [`draw`] is drawn as a whole.
+    """
+    size, channels, classes = unet.config.sample_size, unet.config.in_channels, unet.config.num_class_embeds
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = np.empty((len(numbers), channels, height, width), dtype=np.float32)
+    labels = np.zeros(len(numbers), dtype=np.int64)
+    for i, number in enumerate(numbers):
+        generator = np.random.default_rng([seed, number])
+        generator.standard_normal(out=noise[i], dtype=np.float32)
+        if classes is not None:
+            has_null_class = label_dropout > 0 or guidance_scale != 1.0
+            label = generator.integers(classes - has_null_class)
+            labels[i] = classes - 1 if generator.random() < label_dropout else label
+    if classes is None:
+        return Noises(torch.from_numpy(noise), None, None)
+    return Noises(torch.from_numpy(noise), torch.from_numpy(labels), None).at_scale(guidance_scale)
 
 
 def null_labels(unet: UNet2DModel, labels: torch.Tensor) -> torch.Tensor:
@@ -61,14 +109,12 @@ def null_labels(unet: UNet2DModel, labels: torch.Tensor) -> torch.Tensor:
 
 def draw_guided(unet: UNet2DModel, count: int, seed: int, guidance_scale: float) -> Noises:
     """Noises of `count` paths of one guidance scale, with the same labels for every scale; 1 is no guidance."""
-    noises = draw(unet, count, seed, label_dropout=0.0, max_guidance_scale=2.0)
-    noises.scales = None if guidance_scale == 1.0 else torch.full((count,), guidance_scale)
-    return noises
+    return draw(unet, count, seed, label_dropout=0.0, max_guidance_scale=2.0).at_scale(guidance_scale)
 
 
-def predict(unet: GenieUNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, noises: Noises) -> torch.Tensor:
+def predict(unet: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, noises: Noises) -> torch.Tensor:
     """The model's output, guided where the paths are."""
-    if noises.scales is None:
+    if noises.scales is None or noises.labels is None:
         return unet(sample, timestep, class_labels=noises.labels).sample[:, : sample.shape[1]]
     labels = torch.cat([null_labels(unet, noises.labels), noises.labels])
     output = unet(torch.cat([sample, sample]), timestep, class_labels=labels).sample[:, : sample.shape[1]]
@@ -87,7 +133,7 @@ def solve(unet: GenieUNet2DModel, scheduler: GenieScheduler, steps: int, noises:
     scheduler.set_timesteps(steps, device=noises.noise.device)
     sample = noises.noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
-        sample = scheduler.step(predict(unet, sample, timestep, noises), timestep, sample).prev_sample
+        sample = scheduler.step(predict(unet, sample, timestep, noises), timestep, sample, return_dict=False)[0]
     return sample
 
 
@@ -101,16 +147,13 @@ def in_batches(function, noises: Noises, batch_size: int, device: torch.device) 
     return torch.cat(parts)
 
 
-class TablesAlone:
-    """The slope source of a head without its network: nothing is added to what the tables weigh."""
+def cubic(u: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """
+    The weights of both ends of an interval in the cubic's value at `u` of it, from 0 to 1.
 
-    term = "residual"
-
-    def __init__(self, tables: dict[str, dict]):
-        self.tables = {steps: {**table, "residuals": [0.0] * int(steps)} for steps, table in tables.items()}
-
-    def __call__(self, sample, noise_prediction, timestep, *, step, history_slope):
-        raise NotImplementedError("No step of these tables weighs a slope.")
+    First those of the states, then those of the velocities, to be multiplied by the length of the interval.
+    """
+    return (2 * u**3 - 3 * u**2 + 1, 3 * u**2 - 2 * u**3), (u**3 - 2 * u**2 + u, u**3 - u**2)
 
 
 class Trajectories:
@@ -135,7 +178,7 @@ class Trajectories:
                 noise, sigma = noise_of(output, sample, scheduler, index), float(scheduler.noise_stds[index])
                 velocity = velocity_of(sample, noise, sigma, scheduler.config.prediction_type)
                 kept.append(torch.stack([sample, velocity], dim=1))  # x and dx/dλ
-                sample = scheduler.step(output, timestep, sample).prev_sample
+                sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
             kept.append(torch.stack([sample, torch.zeros_like(sample)], dim=1))
             return torch.stack(kept, dim=1)
 
@@ -148,60 +191,14 @@ class Trajectories:
             return self.states[:, -1]
         index = int(np.clip(np.searchsorted(self.log_snrs, log_snr) - 1, 0, len(self.log_snrs) - 3))
         width = float(self.log_snrs[index + 1] - self.log_snrs[index])
-        u = float(log_snr - self.log_snrs[index]) / width
+        (a_0, a_1), (b_0, b_1) = cubic(float(log_snr - self.log_snrs[index]) / width)
         (x_0, x_1), (v_0, v_1) = (values[:, index : index + 2].unbind(1) for values in (self.states, self.velocities))
-        values = (2 * u**3 - 3 * u**2 + 1) * x_0 + (3 * u**2 - 2 * u**3) * x_1
-        return values + width * ((u**3 - 2 * u**2 + u) * v_0 + (u**3 - u**2) * v_1)
+        return a_0 * x_0 + a_1 * x_1 + width * (b_0 * v_0 + b_1 * v_1)
 
 
 def relative_error(sample: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """‖x − reference‖ / ‖reference‖ of each sample, shape `(batch,)`."""
     return (sample - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
-
-
-def fit_table(
-    unet: GenieUNet2DModel,
-    scheduler: GenieScheduler,
-    steps: int,
-    noises: Noises,
-    trajectories: Trajectories,
-    fitted: int,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[dict, float]:
-    """
-    Learn the rows of a run of `steps` model calls at the timesteps that `scheduler` sets.
-
-    Step after step, the weights of x_n, ε_n, ε_{n−1}, … are those whose sum is nearest to the converged solutions at
-    the next point. They are pulled a little towards those of DDIM. All paths, fitted or not, are then moved by them.
-
-    Returns:
-        `tuple[dict, float]`:
-            The table, with the root mean squares of what it misses, and the mean relative error of the paths from
-            number `fitted` on, which it was not fitted to.
-    """
-    scheduler.set_timesteps(steps)
-    sample, predictions, rows, residuals = noises.noise, [], [], []
-    for index, timestep in enumerate(scheduler.timesteps):
-        moving = Noises(sample, noises.labels, noises.scales)
-        output = in_batches(lambda batch, t=timestep: predict(unet, batch.noise, t, batch), moving, batch_size, device)
-        predictions = [noise_of(output, sample, scheduler, index), *predictions][:HISTORY]
-        columns = torch.stack([sample, *predictions], dim=-1)
-        target = trajectories.at(scheduler.lambdas[index + 1])
-        ddim = torch.zeros(columns.shape[-1], dtype=torch.float64)
-        ratio = scheduler.alphas[index + 1] / scheduler.alphas[index]
-        ddim[0], ddim[1] = ratio, scheduler.noise_stds[index + 1] - ratio * scheduler.noise_stds[index]
-        matrix = columns[:fitted].flatten(0, -2).double()
-        missed = target[:fitted].flatten().double() - matrix @ ddim
-        gram = matrix.T @ matrix
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        weights = ddim + torch.linalg.solve(gram + ridge, matrix.T @ missed)
-        sample = columns @ weights.to(columns.dtype)
-        rows.append([float(f"{weight:.9g}") for weight in weights])
-        residuals.append(float(f"{(target - sample)[:fitted].square().mean().sqrt():.4g}"))
-    table = {"timesteps": scheduler.timesteps.tolist(), "weights": rows, "residuals": residuals}
-    error = relative_error(sample[fitted:], trajectories.at(np.inf)[fitted:]).mean()
-    return table, float(error)
 
 
 def solver_of(scheduler_config: dict, **options) -> GenieScheduler:

@@ -1,16 +1,18 @@
 """Tables as functions of what is learned of them, and differentiable runs of them (DDSS, Watson et al., 2022)."""
 
+import dataclasses
+import functools
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from genie_diffusers import GGDMScheduler, VariancePreserving
-from genie_diffusers.models.exact_slope import to_noise_prediction
-from genie_diffusers.schedulers.scheduling_ggdm import WEIGHED, as_table
-from genie_diffusers.schedulers.scheduling_utils import Column, Row
-from ode_paths import Noises, predict
+from genie_diffusers import GGDMScheduler, Table, VariancePreserving
+from genie_diffusers.core import Parametrisation, run
+from genie_diffusers.core.table import TERMS, Term
+from genie_diffusers.learning.paths import Noises, predict
 
 #: what a family of tables may have besides the weights of the latest state and prediction
 FAMILY = ("states", "history", "slope", "noise", "time", "pred")
@@ -30,7 +32,7 @@ class LearnedTable(torch.nn.Module):
     An interval of length zero, such as that above a first timestep at the very top, stays.
 
     Args:
-        table (`dict`): An entry of the configuration key `tables` of a [`GGDMScheduler`].
+        table (`dict` or [`Table`]): An entry of the configuration key `tables`, or what it says.
         process ([`VariancePreserving`]): The diffusion.
         family (`list[str]`):
             What is free: of the columns that the table weighs all, and besides `"states"`, all earlier states,
@@ -38,33 +40,39 @@ class LearnedTable(torch.nn.Module):
             step, `"time"`, the timesteps.
     """
 
-    def __init__(self, table: dict, process: VariancePreserving, family: list[str]):
+    base: torch.Tensor
+    base_noise: torch.Tensor
+    base_timesteps: torch.Tensor
+    intervals: torch.Tensor
+
+    def __init__(self, table: dict | Table, process: VariancePreserving, family: list[str]):
         super().__init__()
-        self.process, self.data_form = process, table.get("data_form", False)
-        self.origin, steps = table, len(table["timesteps"])
-        self.columns: list[list[Column]] = []
+        self.process = process
+        self.origin = (table if isinstance(table, Table) else Table.from_dict(table, process)).fold()
+        #: in what the table weighs predictions, x_0 or ε
+        self.prediction = "data" if "data" in self.origin.needs() else "prediction"
+        steps = len(self.origin)
+        self.columns: list[list[Term]] = []
         weights: list[float] = []
-        for index in range(steps):
-            row = {
-                (what, lag): weight
-                for what in WEIGHED
-                for lag, weight in enumerate(table.get(what, [[]] * steps)[index])
-            }
+        for index, origin in enumerate(self.origin):
+            row = {term: weight for term, weight in origin.items() if term[0] != "noise"}
             for what, lags in (
                 ("sample", index + 1 if "states" in family else 1),
-                ("prediction", index + 1 if "history" in family else 1),
+                (self.prediction, index + 1 if "history" in family else 1),
                 ("slope", int("slope" in family)),
             ):
                 row = {(what, lag): 0.0 for lag in range(lags)} | row
-            self.columns.append(sorted(row, key=lambda column: (WEIGHED.index(column[0]), column[1])))
-            weights += [row[column] for column in self.columns[-1]]
+            self.columns.append(sorted(row, key=lambda term: (TERMS.index(term[0]), term[1])))
+            weights += [row[term] for term in self.columns[-1]]
         sizes = [len(columns) for columns in self.columns]
+        noise = [row.get(("noise", 0), 0.0) for row in self.origin]
+        timesteps = torch.tensor([float(timestep) for timestep in self.origin.timesteps], dtype=torch.float64)
         self.register_buffer("base", torch.tensor(weights, dtype=torch.float64))
-        self.register_buffer("base_noise", torch.tensor(table.get("noise", [0.0] * steps), dtype=torch.float64))
-        self.register_buffer("base_timesteps", torch.tensor(table["timesteps"], dtype=torch.float64))
+        self.register_buffer("base_noise", torch.tensor(noise, dtype=torch.float64))
+        self.register_buffer("base_timesteps", timesteps)
         for index, size in enumerate(sizes):
             self.register_buffer(f"unwhitened_{index}", torch.eye(size, dtype=torch.float64))
-        edges = [process.timestep_max, *table["timesteps"], process.timestep_min]
+        edges = [process.timestep_max, *timesteps.tolist(), process.timestep_min]
         self.register_buffer("intervals", -torch.tensor(edges, dtype=torch.float64).diff())
         self.weights = torch.nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float64))
         if "noise" in family:
@@ -80,8 +88,8 @@ class LearnedTable(torch.nn.Module):
     def is_stochastic(self) -> bool:
         return hasattr(self, "noise") or bool(self.base_noise.any())
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Timesteps, α and σ there, the rows and the standard deviations of the noise, whose sign means nothing."""
+    def forward(self) -> Table:
+        """The table, whose numbers are tensors; the sign of a standard deviation of the noise means nothing."""
         timesteps = self.base_timesteps
         if hasattr(self, "log_intervals"):
             lengths = self.intervals * torch.exp(self.log_intervals)
@@ -92,7 +100,16 @@ class LearnedTable(torch.nn.Module):
         noise = self.base_noise
         if hasattr(self, "noise"):
             noise = noise + torch.nn.functional.pad(self.noise, (0, 1))
-        return timesteps, alphas, sigmas, *self._weights(alphas, sigmas, noise)
+        weights, noise = self._weights(alphas, sigmas, noise)
+        rows = [
+            dict(zip(columns, row.unbind(), strict=True)) for columns, row in zip(self.columns, weights, strict=True)
+        ]
+        if self.is_stochastic:
+            rows = [row | {("noise", 0): sigma} for row, sigma in zip(rows, noise.unbind(), strict=True)]
+        if self.origin.model_levels is not None:  # an encoder starts at clean data, of which the model is told else
+            return dataclasses.replace(self.origin, timesteps=timesteps, rows=rows, model_levels=(alphas, sigmas))
+        alpha_end, sigma_end = (alphas.new_tensor([end]) for end in (self.origin.alphas[-1], self.origin.sigmas[-1]))
+        return Table(timesteps, torch.cat([alphas, alpha_end]), torch.cat([sigmas, sigma_end]), rows)
 
     def _weights(self, alphas, sigmas, noise) -> tuple[list[torch.Tensor], torch.Tensor]:
         return self._moved(), noise
@@ -123,12 +140,10 @@ class LearnedTable(torch.nn.Module):
     @torch.no_grad()
     def as_table(self) -> dict:
         """The entry of the configuration key `tables`."""
-        timesteps, _, _, rows, noise = self()
-        named: list[Row] = [
-            dict(zip(columns, row.tolist(), strict=True)) | {("noise", 0): abs(sigma)}
-            for columns, row, sigma in zip(self.columns, rows, noise.tolist(), strict=True)
-        ]
-        return as_table(timesteps.tolist(), named, self.data_form)
+        table = self()
+        noise = ("noise", 0)
+        rows = [{term: abs(w) if term == noise else w for term, w in row.items()} for row in table.rows]
+        return dataclasses.replace(table, rows=rows).to_dict()
 
 
 class MarginalTable(LearnedTable):
@@ -147,18 +162,20 @@ class MarginalTable(LearnedTable):
         ValueError: If the table has other marginals, or weighs what is no state and no estimate of x_0.
     """
 
-    def __init__(self, table: dict, process: VariancePreserving, family: list[str]):
+    angles: torch.Tensor
+
+    def __init__(self, table: dict | Table, process: VariancePreserving, family: list[str]):
         super().__init__(table, process, family)
         others = {column for columns in self.columns for column in columns if column[0] != "sample"}
-        if others != {("prediction", 0)} or not self.data_form:
+        if others != {("data", 0)}:
             raise ValueError("`--keep_marginals` needs states and the latest x̂_0 alone: an `--origin` of DDIM.")
         steps = len(self)
-        reached = torch.from_numpy(process.sigma(table["timesteps"][1:]))
+        reached = torch.from_numpy(process.sigma(self.base_timesteps[1:].numpy()))
         self.register_buffer("angles", torch.asin((self.base_noise[:-1] / reached).clamp(max=1.0)))
         if "pred" in family:
             self.of_data = torch.nn.Parameter(torch.zeros(steps, 2, dtype=torch.float64))
-        _, _, _, rows, noise = self()
-        if not torch.allclose(torch.cat([*rows, noise]), torch.cat([self.base, self.base_noise]), rtol=0, atol=1e-9):
+        found = [weight for row in self().rows for term, weight in row.items() if term[0] != "noise"]
+        if not torch.allclose(torch.stack(found), self.base, rtol=0, atol=1e-9):
             raise ValueError(
                 "`--keep_marginals` needs an `--origin` with the marginals of the diffusion, as DDIM has."
             )
@@ -234,46 +251,45 @@ def sample_by(
             is that of one call. With `False` everything is kept.
         visit (`Callable`, *optional*): Called in each step with the index and the tensors that its row weighs.
     """
-    timesteps, alphas, sigmas, rows, noise = learned()
-    dtype = noises.noise.dtype
-    levels = torch.log(alphas / sigmas).detach().tolist()
-    samples, predictions, slopes = [noises.noise], [], []
-    # the steps whose slope some row weighs, then or later
-    sloped = {index - lag for index, columns in enumerate(learned.columns) for what, lag in columns if what == "slope"}
+    table, dtype, parametrisation = learned(), noises.noise.dtype, Parametrisation(prediction_type)
+    sloped = any(what == "slope" for columns in learned.columns for what, _ in columns)
     if sloped and slope_source is None:
         raise ValueError("This table weighs slopes, and there is no `slope_source`.")
+    if learned.is_stochastic and fresh is None:
+        raise ValueError("This table adds noise, and there is no `fresh`.")
+    steps = iter(range(len(learned)))
+    slopes: dict[int, torch.Tensor] = {}
+    pairs = zip(map(float, table.alphas), map(float, table.sigmas), strict=True)
+    levels = [math.log(alpha / sigma) if sigma > 0 else math.inf for alpha, sigma in pairs]
 
     def call(sample, timestep, alpha, sigma, index):
         if hasattr(slope_source, "forget"):  # what other steps have called, or a backward pass again
             slope_source.forget()
         output = predict(unet, sample, timestep, noises).to(dtype)
-        if index not in sloped:
+        if not sloped:
             return output, None
-        epsilon = to_noise_prediction(output, sample, alpha, sigma, prediction_type)
-        step = levels[index + 1] - levels[index] if index + 1 < len(levels) else float("inf")
-        slope = slope_source(sample, epsilon, float(timestep.detach()), step=step, history_slope=None)
-        return output, slope.to(dtype)
+        # here, so that what the source reads of the model is computed again with it
+        epsilon = parametrisation.noise(output, sample, alpha, sigma)
+        options = {"step": levels[index + 1] - levels[index], "history_slope": None}
+        return output, slope_source(sample, epsilon, float(timestep.detach()), **options).to(dtype)
 
-    for index, columns in enumerate(learned.columns):
-        sample, timestep = samples[-1], timesteps[index].float()
-        alpha, sigma = alphas[index].to(dtype), sigmas[index].to(dtype)
-        arguments = (sample, timestep, alpha, sigma, index)
-        output, slope = checkpoint(call, *arguments, use_reentrant=False) if rematerialise else call(*arguments)
-        prediction = to_noise_prediction(output, sample, alpha, sigma, prediction_type)
-        if learned.data_form:
-            prediction = sample * (1 / alpha) - prediction * (sigma / alpha)  # keeps nothing new for the backward pass
-        predictions.append(prediction)
-        slopes.append(slope)
-        history = {"sample": samples, "prediction": predictions, "slope": slopes}
-        weighed = [history[what][-1 - lag] for what, lag in columns]
-        if visit is not None:
-            visit(index, weighed)
-        row = rows[index].to(dtype)
-        following = sum(weight * tensor for weight, tensor in zip(row, weighed, strict=True))
-        if learned.is_stochastic:
-            following = following + noise[index].to(dtype) * fresh[index]
-        samples.append(following)
-    return samples[-1]
+    def model(sample, timestep):
+        index = next(steps)
+        alpha, sigma = (values.to(dtype) for values in table.model_level(index))
+        once = functools.partial(checkpoint, call, use_reentrant=False) if rematerialise else call
+        output, slopes[index] = once(sample, timestep.float(), alpha, sigma, index)
+        return output
+
+    return run(
+        table,
+        model,
+        noises.noise,
+        parametrisation,
+        noise=None if fresh is None else lambda index, sample: fresh[index],
+        source=lambda term, index, *asked: slopes[index],
+        visit=None if visit is None else lambda index, tensors: visit(index, tensors[: len(learned.columns[index])]),
+        fold=False,
+    )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import argparse
 import functools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from genie_diffusers import GenieUNet2DConditionModel, GenieUNet2DModel
-from training_utils import TrainingStream, computed_once, from_pixels, hub_id, open_dataset, square
+from genie_diffusers.learning.arguments import base_of, repository_of
+from genie_diffusers.learning.data import TrainingStream, from_pixels, open_dataset, square
+from genie_diffusers.learning.run import computed_once
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 #: what [`Conditioned`] is given follows from these arguments, as far as a script has them
@@ -33,24 +36,6 @@ CONDITION_ARGUMENTS = (
 )
 #: share of pictures that are painted as a whole, in the training of Stable Diffusion's inpainting model
 WHOLE_MASKS = 0.25
-
-
-def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of [`conditioned`] beside those of a data set."""
-    add = parser.add_argument
-    add("--caption_column", default="text", help="Column of captions of a data set, for text-to-image models.")
-    add("--max_captions", type=int, default=1000, help="Use the first of them, with their pictures.")
-    add(
-        "--low_resolution",
-        type=int,
-        help="For a `UNet2DModel` with a low-resolution picture on further channels: its side before it is enlarged.",
-    )
-    add(
-        "--max_noise_level",
-        type=int,
-        default=40,
-        help="For text-to-image upscalers: noise is added to low-resolution pictures, with levels from 0 to this.",
-    )
 
 
 def load_unet(name_or_path: str) -> UNet2DModel | UNet2DConditionModel:
@@ -142,7 +127,7 @@ class Conditioned(torch.nn.Module):
         return labels % self.count + self.count
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor):
-        given = {}
+        given: dict[str, Any] = {}
         for name, values in self.rows.items():
             labels = class_labels.to(values.device)
             rows = labels % self.count if len(values) == self.count else labels.clamp(max=self.count)
@@ -170,7 +155,7 @@ def conditioned(unet, args: argparse.Namespace, mixed_precision: str, device: to
 
     Args:
         unet ([`GenieUNet2DModel`] or [`GenieUNet2DConditionModel`]): The denoiser.
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         mixed_precision (`str`): That of the accelerator.
         device (`torch.device`): Where the denoiser is.
         latents (`bool`, defaults to `False`): Whether pictures are needed, each for the class of its number.
@@ -225,7 +210,8 @@ class LatentStream(TrainingStream):
     """
 
     def __init__(self, latents: torch.Tensor, numbers: range, seed: int):
-        super().__init__(numbers, latents.shape[1:], latents.shape[1:], seed)
+        shape = latents.shape[1], latents.shape[2], latents.shape[3]
+        super().__init__(numbers, shape, shape, seed)
         self.latents = latents
 
     def _rows(self, numbers: list[int]) -> tuple[np.ndarray, list[int]]:
@@ -252,7 +238,8 @@ def _captions(args: argparse.Namespace) -> list[str]:
 @torch.no_grad()
 def _of_captions(pipeline, captions: list[str], resolution: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The embeddings of all captions, then those of the empty prompt, by the pipeline's own encoders."""
-    names, kept = ("encoder_hidden_states", "text_embeds"), {}
+    names = ("encoder_hidden_states", "text_embeds")
+    kept: dict[str, list[torch.Tensor]] = {}
     for caption in tqdm(captions, desc="Captions"):
         # (text, null) or, of SDXL, (text, null, pooled text, pooled null)
         encoded = pipeline.encode_prompt(
@@ -343,7 +330,7 @@ def sampling_code(args: argparse.Namespace, denoiser, steps: int, **options) -> 
     Python that draws with the head of a run, for its card.
 
     Args:
-        args (`argparse.Namespace`): The arguments of the script.
+        args (`argparse.Namespace`): The arguments of the recipe.
         denoiser: The denoiser, [`Conditioned`] or not.
         steps (`int`): Model calls.
         options: Of the scheduler.
@@ -356,15 +343,13 @@ def sampling_code(args: argparse.Namespace, denoiser, steps: int, **options) -> 
     lines = [] if ours else [f"from diffusers import {pipeline}"]
     names = ["GenieScheduler", type(unet).__name__, *([f"Genie{pipeline}"] if ours else [])]
     lines += [f"from genie_diffusers import {', '.join(sorted(names))}", ""]
-    options = "".join(f", {name}={value!r}" for name, value in options.items())
+    stated = "".join(f", {name}={value!r}" for name, value in options.items())
     given = ['"a photo of a cat"'] if text else []
     given += {None: [], "upscaling": ["image=picture"], "inpainting": ["image=picture", "mask_image=mask"]}[purpose]
-    base = hub_id(args.pretrained_model_name_or_path) or "path/to/base-model"
-    repository = args.hub_model_id or args.output_dir.name
     lines += [
-        f'pipe = {"Genie" if ours else ""}{pipeline}.from_pretrained("{base}")',
-        f"pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config{options})",
-        f'pipe.unet = {type(unet).__name__}.from_unet(pipe.unet, derivative_head="{repository}")',
+        f'pipe = {"Genie" if ours else ""}{pipeline}.from_pretrained("{base_of(args)}")',
+        f"pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config{stated})",
+        f'pipe.unet = {type(unet).__name__}.from_unet(pipe.unet, derivative_head="{repository_of(args)}")',
         *([] if ours else ["pipe.scheduler.attach(pipe.unet)"]),
         f"images = pipe({', '.join([*given, f'num_inference_steps={steps}'])}).images",
     ]

@@ -1,0 +1,1 @@
+"""Recipes: scripts for `accelerate launch`, in a wheel the modules `genie_diffusers.recipes`."""
