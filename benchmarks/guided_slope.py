@@ -48,7 +48,7 @@ class OwnPaths:
 
     def __init__(self, unet: GenieUNet2DModel, source: Callable, noises: Noises):
         self.unet, self.source, self.noises = unet, source, noises
-        self.bind = source.bind
+        self.bind, self.acquire, self.release = source.bind, source.acquire, source.release
 
     def __call__(self, sample, noise_prediction, timestep, **kwargs):
         def slope(branch: Noises) -> torch.Tensor:
