@@ -7,18 +7,24 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3.13 pyth
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help demo test lint
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help demo test test-slow lint
 
 help:
 	@echo "make demo   compare samplers on the packaged checkpoint, as one labelled picture"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests, in under four minutes"
+	@echo "make test-slow   run those that take longer"
 	@echo "make lint   check style and types"
 
 demo: $(VENV)/.installed-cli
 	$(VENV)/bin/genie-diffusers compare --guidance 3 --seed 8 --classes 1,9,7,0,8,5,4,3
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

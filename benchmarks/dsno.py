@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PACKAGED_OPERATOR = Path(PACKAGED_MODEL).parent / "dsno-cifar10-16"
 #: the paper's solver: DDIM, even in √t
-PAPER = ("GDDIMScheduler", 512, {"time_grid": "quadratic", "multistep_order": 1})
+PAPER = ("GDDIMScheduler", 512, {"time_grid": "quadratic", "denoising_step": True, "multistep_order": 1})
 CONVERGED = 200
 CPU = torch.device("cpu")
 

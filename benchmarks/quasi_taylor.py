@@ -64,7 +64,7 @@ def statistics(values: torch.Tensor, unit: float = 1.0) -> dict[str, float]:
 
 def samplers(config) -> dict[str, tuple]:
     """Name → a scheduler, whether it is stochastic, and the model calls to measure it at."""
-    unclipped = {"clip_sample": False, "analytical_first_step": False}
+    unclipped = {"clip_sample": False, "analytical_first_step": False, "denoising_step": True}
     heun = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
     found: dict[str, tuple] = {"Heun, linspace": (HeunDiscreteScheduler(**heun), False, CALLS)}
     for method, limit in (("ode", "DDIM"), ("sde", "DDPM")):

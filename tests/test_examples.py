@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_interpolation_ends_near_the_originals(tmp_path):
     colours = {"red.png": (200, 60, 40), "blue.png": (40, 80, 190)}
     for name, colour in colours.items():

@@ -258,7 +258,7 @@ class _GenieUNet(torch.nn.Module):
         # `ModelMixin.to` warns about float32 modules whenever it is given a dtype; the head has none.
         model.derivative_head = torch.nn.Module.to(head, device=unet.device, dtype=unet.dtype)
         if hasattr(unet, "_hf_hook"):  # of model offloading, or of weights on several devices
-            from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+            from accelerate.hooks import add_hook_to_module
 
             add_hook_to_module(model, unet._hf_hook)
         return model.train(unet.training)

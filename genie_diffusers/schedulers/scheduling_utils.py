@@ -98,7 +98,7 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
     choices: Mapping[str, Sequence[Any]] = {"final_sigmas_type": ("zero", "sigma_min")}
     #: whether it goes from data to noise
     encodes = False
-    #: whether `tables` of another scheduler's configuration are followed by this one
+    #: whether `tables` of another scheduler's configuration, and of what is attached, are followed by this one
     inherits_tables = False
 
     def __init__(
@@ -237,7 +237,8 @@ class TableScheduler(SharedConfiguration, SchedulerMixin, ConfigMixin):
     def learned_table(self, num_inference_steps: int) -> Table | None:
         """The table of this number of model calls: that of the attached source, or of the configuration's `tables`."""
         term = self._term
-        for tables in (getattr(self._slope_source, "tables", None), self.config.get("tables")):
+        of_source = getattr(self._slope_source, "tables", None) if self.inherits_tables else None
+        for tables in (of_source, self.config.get("tables")):
             entry = (tables or {}).get(str(num_inference_steps))
             if entry is None:
                 continue

@@ -30,6 +30,7 @@ def test_seconds_are_medians_of_processor_time(monkeypatch):
     assert dsno.cpu_seconds({"a": lambda: None, "b": lambda: None}, repeats=2) == {"a": 2.5, "b": 3.0}
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_and_draws_it(tmp_path, monkeypatch):
     unet = GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").float().eval()
     config = GenieScheduler.load_config(PACKAGED_MODEL, subfolder="scheduler")

@@ -19,6 +19,7 @@ def test_memory_grows_by_the_stored_states_with_rematerialisation_only(tmp_path,
     assert (tmp_path / "ggdm_memory.png").exists()
 
 
+@pytest.mark.slow
 def test_quality_has_a_number_for_every_sampler_and_network(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ggdm.py"])
     with torch.random.fork_rng():

@@ -31,6 +31,7 @@ def unet():
     return GenieUNet2DModel.from_pretrained(PACKAGED_MODEL, subfolder="unet").eval()
 
 
+@pytest.mark.slow
 def test_every_scale_has_its_errors_in_the_table(report):
     folder, written = report
     assert list(written["errors"]) == ["1", "7.5"]
@@ -44,6 +45,7 @@ def test_every_scale_has_its_errors_in_the_table(report):
     assert (folder / "guided_solver_error.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_later_run_leaves_the_rest_as_it_was(report):
     folder, before = report
     after = run(folder, "--guidance_scales", "3", "--solvers", DDIM)

@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_package_does_without_what_only_the_recipes_need():
     code = (
         "import sys\n"

@@ -243,6 +243,7 @@ def test_autocast_changes_little(unet, noise):
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.slow
 def test_it_loads_what_it_has_saved_in_a_fresh_process(unet, noise, tmp_path):
     model = with_large_temporal_weights(DSNOUNet2DModel.from_unet(unet().float(), 3, 2))
     model.save_pretrained(tmp_path / "operator")
@@ -269,6 +270,7 @@ def test_it_loads_what_it_has_saved_in_a_fresh_process(unet, noise, tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "operator").iterdir()) == [".json", ".safetensors"]
 
 
+@pytest.mark.slow
 def test_it_compiles_without_graph_breaks_and_exports(unet, noise):
     model = with_large_temporal_weights(DSNOUNet2DModel.from_unet(unet().float()))
     x = noise(2, 2, 8, 8).float()

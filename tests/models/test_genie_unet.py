@@ -252,6 +252,7 @@ def test_a_sample_that_the_unet_was_not_called_with_is_refused(genie_unet, noise
         source(x + 1e-6, prediction, TIMESTEP)
 
 
+@pytest.mark.slow
 def test_a_full_compilation_keeps_what_the_head_reads(genie_unet, noise):
     eager, model = genie_unet(), genie_unet()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -210,6 +210,7 @@ def test_an_image_prompt_loaded_before_the_head_goes_on_working(text_unet, head_
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_it_compiles_without_graph_breaks(genie_unet, noise, text):
     added = {"text_embeds": noise(2, 8, seed=2), "time_ids": torch.ones(2, 6, dtype=torch.float64)}
     eager, model = genie_unet(**SDXL), genie_unet(**SDXL)

@@ -83,6 +83,7 @@ def test_images_do_not_depend_on_the_batch(make_pipe, name):
     torch.testing.assert_close(draw([0, 1, 2])[1:], draw([1, 2]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_they_save_and_load_in_a_fresh_process(make_pipe, tmp_path):
     expected = {}
     for name in SETTINGS:

@@ -174,6 +174,7 @@ def test_super_resolution_with_a_picture_on_further_channels(make_unet, head_cla
     assert calls == ([] if head_class is None else [(1, 3, 8, 8)] * 2)
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_the_text_to_image_pipelines():
     """They import transformers, an extra."""
     code = "import sys, genie_diffusers; assert 'transformers.models.clip' not in sys.modules\n"

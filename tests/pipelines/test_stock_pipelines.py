@@ -443,6 +443,7 @@ def test_inpainting_keeps_the_known_half_exactly(stable_diffusion, source, stren
     assert (latents[..., :4] - known[..., :4]).abs().min() > 1e-4
 
 
+@pytest.mark.slow
 def test_diffedit_inverts_with_ours_as_it_does_with_ddim_and_in_fewer_steps(make_stable_diffusion):
     components = make_stable_diffusion().components
     components.pop("image_encoder")
@@ -494,6 +495,7 @@ print(json.dumps(facts))
 """
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_in_a_fresh_process(make_unet, make_genie_unet, stable_diffusion, with_head, tmp_path):
     ddpm = DDPMPipeline(make_unet(), GenieScheduler(**SMOOTH))
     ddpm_with_head = DDPMPipeline(make_genie_unet(SMOOTH), GenieScheduler(**SMOOTH))

@@ -243,6 +243,7 @@ def test_stock_pipelines_sample_with_it(pipeline_class, unet):
     assert called == [950.5, 400.25, 30.75]
 
 
+@pytest.mark.slow
 def test_a_saved_sampler_loads_the_same_in_a_fresh_process(tmp_path, noise):
     scheduler = GGDMScheduler.from_scheduler(GenieScheduler(), [3, 5])
     scheduler.save_pretrained(tmp_path)

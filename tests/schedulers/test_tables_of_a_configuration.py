@@ -155,6 +155,14 @@ def test_tables_of_the_source_go_before_those_of_the_configuration(noise):
     assert scheduler.timesteps.tolist() == [950, 600, 150]
 
 
+def test_tables_of_a_source_are_for_the_solver_that_has_sources(noise):
+    """gDDIM in a pipeline whose UNet has a step head is gDDIM."""
+    for solver in (GDDIMScheduler, RESScheduler, QuasiTaylorScheduler):
+        scheduler, plain = solver(), solver()
+        scheduler.attach(source_of("residual", TABLES))
+        assert torch.equal(draw(scheduler, 3, noise(4, 2)), draw(plain, 3, noise(4, 2)))
+
+
 def test_a_table_that_is_not_followed_says_so_once(caplog):
     scheduler = GenieScheduler(tables=entry_with("residual"))
     for _ in range(3):

@@ -67,6 +67,7 @@ def losses(output_dir: Path) -> list[float]:
     return [loss for _, loss, _ in RunLog.read(output_dir / "loss.csv")]
 
 
+@pytest.mark.slow
 def test_a_launched_run_ends_in_a_head_that_a_fresh_process_samples_with(base, captions, tmp_path):
     script = [str(REPOSITORY / "training" / "train_step_head.py")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *script]
@@ -141,6 +142,7 @@ def test_embeddings_are_computed_once(base, captions, tmp_path, monkeypatch):
     assert rows["encoder_hidden_states"].shape == (6, 16, 16)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss_and_keeps_one_call(base, captions, tmp_path):
     train(base, tmp_path / "plain", captions=captions, max_guidance_scale=5)
     train(base, tmp_path / "checkpointed", captions=captions, max_guidance_scale=5, gradient_checkpointing="")

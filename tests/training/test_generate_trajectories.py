@@ -118,6 +118,7 @@ def test_more_can_be_asked_for_later(base, written, tmp_path):
     assert_same(tmp_path / "solutions", written, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards(base, written, tmp_path):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = REPOSITORY / "training" / "generate_trajectories.py"

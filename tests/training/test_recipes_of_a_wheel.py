@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_a_module_and_its_card_quotes_a_command_that_does(data, tmp_path):
     assert '"training" = "genie_diffusers/recipes"' in (REPOSITORY / "pyproject.toml").read_text()
     package = tmp_path / "site" / "genie_diffusers"

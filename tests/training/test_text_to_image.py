@@ -1,5 +1,6 @@
 """Derivative heads of text-to-image models, and both kinds of heads beside masks and low-resolution pictures."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from genie_diffusers import DerivativeHead, ExactSlope, GeniePipeline, GenieScheduler, StepHead
+from genie_diffusers import DerivativeHead, GeniePipeline, GenieScheduler, StepHead
 from genie_diffusers.learning import conditions, paths
 from genie_diffusers.learning.derivative_heads import SlopeDistillation
 from genie_diffusers.learning.run import RunLog
+from genie_diffusers.models.exact_slope import forward_mode
 from training import train_genie_head, train_step_head
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -183,8 +185,6 @@ def test_target_is_the_exact_slope_beside_further_channels_along_the_guided_path
     distillation = SlopeDistillation(denoiser, process, "v_prediction", max_guidance_scale=5.0, branch_dropout=0.4)
     batch = conditions.LatentStream(latents, range(24), seed=0).__getitems__(list(range(8)))
     inputs, slope = distillation(batch, CPU)
-    exact = ExactSlope(denoiser.unet)
-    exact.bind(process, "v_prediction")
     cases = set()
     for i in range(8):
         timestep, label = int(batch["times"][i] * 1000), batch["labels"][i : i + 1]
@@ -194,16 +194,20 @@ def test_target_is_the_exact_slope_beside_further_channels_along_the_guided_path
         scale, null = 1 + 4 * max(0.0, 2 * guidance - 1), denoiser.null_labels(label)
         cases.add((branch < 0.4, scale > 1))
 
-        def noise(labels, sample=sample, timestep=timestep, alpha=alpha, sigma=sigma):
-            with torch.no_grad():
-                output = denoiser(sample, torch.tensor(timestep), class_labels=labels).sample
-            return alpha * output + sigma * sample
+        def noise(labels, x, t, alpha, sigma):
+            return alpha * denoiser(x, t, class_labels=labels).sample + sigma * x
 
+        point = sample, *(torch.tensor(value) for value in (float(timestep), alpha, sigma))
         own = null if branch < 0.4 else label
-        direction = noise(own) if scale == 1 else noise(null) + scale * (noise(label) - noise(null))
+        with torch.no_grad():
+            of_own, of_null, of_label = (noise(labels, *point) for labels in (own, null, label))
+        direction = of_own if scale == 1 else of_null + scale * (of_label - of_null)
         torch.testing.assert_close(inputs["noise_prediction"][i : i + 1], direction, rtol=1e-3, atol=1e-3)
-        noise(own)  # the last call is the one that is differentiated
-        expected = exact(sample, direction, float(timestep))
+        # along dx/dλ = σ² x − σ ε, dα/dλ = ασ², dσ/dλ = −σα²
+        rates = 1 / float(process.log_snr_derivative(timestep)), alpha * sigma**2, -sigma * alpha**2
+        rate = sigma**2 * sample - sigma * direction, *(torch.tensor(value) for value in rates)
+        with torch.no_grad(), forward_mode(denoiser.unet):
+            expected = torch.func.jvp(functools.partial(noise, own), point, rate)[1]
         torch.testing.assert_close(slope[i : i + 1], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert len(cases) >= 3, "a case is missing from the points"
 
@@ -229,6 +233,7 @@ def test_half_precision_is_that_of_the_denoiser_alone_and_hardly_changes_the_tar
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_launched_run_ends_in_a_folder_that_a_fresh_process_opens(make_base, captioned_data, tmp_path):
     base, head, whole = make_base(), tmp_path / "head", tmp_path / "pipeline"
     script = [str(REPOSITORY / "training" / "train_genie_head.py")]

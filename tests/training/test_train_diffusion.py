@@ -105,6 +105,7 @@ def resumed(data, tmp_path_factory) -> tuple[Path, dict[int, float]]:
     return output_dir, before
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_with_the_same_losses(resumed):
     output_dir, before = resumed
     after = losses(output_dir)
@@ -117,6 +118,7 @@ def test_rotation_leaves_the_newest_complete_checkpoint_and_nothing_else(resumed
     assert [path.name for path in resumed[0].glob("*checkpoint*")] == ["checkpoint-30"]
 
 
+@pytest.mark.slow
 def test_result_is_a_pipeline_that_loads_in_a_fresh_process(resumed):
     code = (
         "import sys, torch\n"
@@ -174,6 +176,7 @@ def test_tracker_holds_every_loss_once_and_the_sample_grids(resumed):
     assert [event.step for event in events.Images("samples")] == [15, 30, 30]
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_how_a_batch_is_split(data, tmp_path):
     config = tiny_config(tmp_path / "unet")
     runs = {

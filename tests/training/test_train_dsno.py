@@ -107,6 +107,7 @@ def test_result_is_a_pipeline_with_a_card(trained):
         Image.open(trained / name).verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["disk", "fly"])
 def test_a_resumed_run_has_the_losses_and_the_weights_of_a_whole_one(base, solutions, tmp_path, monkeypatch, source):
     options = {"trajectories": solutions} if source == "disk" else {"label_dropout": 0.1, "time_grid": "linear"}
@@ -124,6 +125,7 @@ def test_a_resumed_run_has_the_losses_and_the_weights_of_a_whole_one(base, solut
     assert all(torch.equal(a, b) for a, b in zip(*(pipe.unet.parameters() for pipe in pipes), strict=True))
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_how_a_batch_is_split(base, solutions, trained, tmp_path):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     split = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "trajectories": solutions}
@@ -138,6 +140,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(base, solutions, trained, 
     assert losses(tmp_path / "split") == pytest.approx(losses(trained), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_call_learns_to_land_nearer_at_every_time_point(base, solutions, tmp_path):
     options = {"max_train_steps": 120, "checkpointing_steps": 120, "train_batch_size": 8, "ema_max_decay": 0.9}
     train(base, tmp_path / "run", trajectories=solutions, max_loss_weight=3, validation_trajectories=16, **options)

@@ -74,6 +74,7 @@ def trained(base, data, tmp_path_factory) -> Path:
     return output_dir
 
 
+@pytest.mark.slow
 def test_learning_brings_round_trips_closer(trained):
     found = np.array(losses(trained))
     assert found[-10:].mean() < 0.95 * found[:4].mean()
@@ -96,6 +97,7 @@ def test_result_is_an_encoder_of_a_pipeline(base, trained):
     assert 1e-4 < relative_error(*states).max() < 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(base, data, trained, tmp_path):
     train(base, data, tmp_path / "encoder", checkpointing_steps=20)
     (tmp_path / "encoder" / "checkpoint-40").rename(tmp_path / "not-a-checkpoint")
@@ -114,6 +116,7 @@ def test_an_earlier_result_is_gone_on_with_and_its_other_rows_are_kept(base, dat
     assert any(f"3: {reached}" in cell for cell in own), "the origin is what was learned before"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(base, data, tmp_path):
     options = {"max_train_steps": 6, "learning_rate": 0.1, "num_inference_steps": 3}
     train(base, data, tmp_path / "whole", **options, train_batch_size=8)

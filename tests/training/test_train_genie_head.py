@@ -89,6 +89,7 @@ def test_a_resumed_run_has_the_losses_and_the_head_of_an_uninterrupted_one(base,
     assert all(torch.equal(a, b) for a, b in zip(*(head.parameters() for head in heads), strict=True))
 
 
+@pytest.mark.slow
 def test_result_is_a_head_that_loads_onto_its_base_in_a_fresh_process(base, trained):
     code = (
         "import sys\n"

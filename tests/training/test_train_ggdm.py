@@ -140,6 +140,7 @@ def test_card_and_curves_show_what_was_learned(trained):
     assert {"loss", "validation/3", "3/timesteps/1"} <= tags and {"3/prediction/2/1", "3/data/2/1"} & tags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, TRAJECTORY], ids=["kernel", "trajectory"])
 def test_a_resumed_run_has_the_losses_and_the_tables_of_a_whole_one(base, classifier, tmp_path, options):
     for name, last in (("whole", 4), ("resumed", 2)):
@@ -154,6 +155,7 @@ def test_a_resumed_run_has_the_losses_and_the_tables_of_a_whole_one(base, classi
         train(base, classifier, tmp_path / "resumed", **options | further)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, TRAJECTORY], ids=["kernel", "trajectory"])
 def test_result_does_not_depend_on_how_a_batch_is_split(base, classifier, tmp_path, options):
     train(base, classifier, tmp_path / "whole", **options)

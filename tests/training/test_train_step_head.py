@@ -86,6 +86,7 @@ def trained(base, tmp_path_factory) -> Path:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_result_is_a_head_that_a_pipeline_samples_with_in_a_fresh_process(base, trained):
     code = (
         "import sys\n"
@@ -154,6 +155,7 @@ def test_card_shows_the_errors_and_how_to_use_the_head(trained):
         assert f"Held-out relative error, {name} | " in card.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_its_solutions_and_has_the_losses_and_the_head_of_a_whole_one(base, tmp_path, monkeypatch):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for output_dir, last in ((whole, 4), (resumed, 2)):
@@ -172,6 +174,7 @@ def test_a_resumed_run_reads_its_solutions_and_has_the_losses_and_the_head_of_a_
     assert all(torch.equal(a, b) for a, b in zip(*(head.parameters() for head in heads), strict=True))
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_how_a_batch_is_split(base, tmp_path):
     train(base, tmp_path / "whole", max_guidance_scale=2.0)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -187,6 +190,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(base, tmp_path):
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_loss_however_a_batch_is_accumulated(base, tmp_path, monkeypatch):
     """Adam does not see their size, which clipping does."""
     norms = {}
@@ -202,6 +206,7 @@ def test_gradients_are_those_of_the_loss_however_a_batch_is_accumulated(base, tm
     assert norms["split"] == pytest.approx(norms["whole"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_network_learns_what_the_tables_leave(base, tmp_path):
     options = {"table_steps": 3, "head_steps": 3, "train_trajectories": 128, "fit_trajectories": 32}
     options |= {"train_batch_size": 16, "learning_rate": 3e-3, "head_width": 16, "ema_max_decay": 0.9}
