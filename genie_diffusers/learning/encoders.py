@@ -7,7 +7,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 
-from genie_diffusers import GenieInverseScheduler, GenieScheduler, GenieUNet2DModel, VariancePreserving
+from genie_diffusers import GenieInverseScheduler, GenieScheduler, GenieUNet2DModel, Table, VariancePreserving
 from genie_diffusers.learning.arguments import add_data_arguments, add_training_arguments, numbers
 from genie_diffusers.learning.data import TrainingStream, check_labels
 from genie_diffusers.learning.paths import Noises, relative_error, solver_of
@@ -107,8 +107,13 @@ def check(args: argparse.Namespace, unet: GenieUNet2DModel) -> None:
 def encoder_of(args: argparse.Namespace) -> GenieInverseScheduler:
     """Where learning starts: the solver of the model, with the rows of `--origin` if there is one."""
     config = GenieScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
-    origin = None if args.origin is None else GenieInverseScheduler.from_pretrained(args.origin).config.tables
-    encoder = GenieInverseScheduler.from_config(solver_of(config).config, **OPTIONS, tables=origin)
+    solver, tables = solver_of(config), {}
+    if args.origin is not None:
+        origin = GenieInverseScheduler.from_pretrained(args.origin).config.tables or {}
+        tables = {
+            steps: Table.from_dict(entry, solver.process, int(steps)).to_dict() for steps, entry in origin.items()
+        }
+    encoder = GenieInverseScheduler.from_config(solver.config, **OPTIONS, tables=tables)
     if not isinstance(encoder.process, VariancePreserving):
         raise ValueError("`--pretrained_model_name_or_path` must be a variance-preserving model, not one of flows.")
     return encoder

@@ -23,15 +23,16 @@ class GenieScheduler(GaussianDiffusionScheduler):
     forward-mode derivatives. Without a source the derivative is the finite difference of the last two predictions,
     which is the two-step Adams–Bashforth method.
 
-    `method="hermite"` interpolates the data prediction D = (x − σ ε)/α as a function of λ through everything known of
-    it, values and slopes dD/dλ = −(σ/α) dε/dλ at this point and earlier ones, and integrates that exactly:
+    `method="hermite"` takes the data prediction D = (x − σ ε)/α to be a random function of λ, and integrates its mean
+    given everything known of it, values and slopes dD/dλ = −(σ/α) dε/dλ at this point and earlier ones:
 
         x_{n+1} = (σ_{n+1}/σ_n) x_n + σ_{n+1} ∫ e^λ D(λ) dλ
 
-    The order of this predictor is the number of conditions, `interpolation_order`. When the model has been called at
-    the new point, the step is corrected, at no further call, with the cubic through values and slopes at both its
-    ends, or without slopes with the parabola through both ends and the point before. Without a source it is a
-    multistep method of the family of DPM-Solver++ and UniPC.
+    In short steps that is the polynomial through all conditions, and `interpolation_order`, their number, the order of
+    this predictor; in long steps what is far away counts for less ([`core.solvers.hermite`]). When the model has been
+    called at the new point, the step is corrected, at no further call, with values and slopes at both its ends, or
+    without slopes with the values at both ends and at the point before. Without a source it is a multistep method of
+    the family of DPM-Solver++ and UniPC.
 
     Learned `tables`, of the configuration or of the attached model's [`StepHead`], replace both methods for the
     numbers of model calls that they are for, time grid included. Every other number, custom timesteps, and runs that
@@ -43,8 +44,8 @@ class GenieScheduler(GaussianDiffusionScheduler):
         method (`str`, defaults to `"hermite"`):
             The solver: `"hermite"` or `"taylor"`.
         interpolation_order (`int`, defaults to 3):
-            Order of the predictor of `method="hermite"`, 1 to 4; lower while less is known. Steps of 0.75 or more in
-            λ are at most of order 2, and where λ < −2.5 those of 1.5 or more of order 1.
+            How many conditions the predictor of `method="hermite"` follows, 1 to 4, fewer while fewer are known: its
+            order of convergence.
 
     All other arguments are those of [`GaussianDiffusionScheduler`].
     """

@@ -29,12 +29,10 @@ class GenieInverseScheduler(GenieScheduler):
     In x̄ = x/α and γ = σ/α the ODE is dx̄/dγ = ε. The step from clean data is x̄_1 = x_0 + γ_1 ε_0, with a prediction on
     clean data, for which no model was trained; a single call, which has no other, therefore encodes badly.
 
-    - `method="hermite"` interpolates ε as a function of λ through everything known of it, values and slopes
-      (`interpolation_order` conditions), and integrates that exactly, x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ. The step is
-      corrected at no further call, that from clean data with x_0 = x̄_1 − γ_1 ε_1, the last step of the decoder, others
-      with the cubic through values and slopes at both ends, or without slopes with the
-      parabola through both ends and the point before. Towards noise ε is what changes little, as x_0 does towards
-      data, so orders are lowered only in steps of 1.5 or more where λ < −2.5;
+    - `method="hermite"` integrates the mean of ε given everything known of it, values and slopes
+      (`interpolation_order` conditions), x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ. The step is corrected at no further call,
+      that from clean data with x_0 = x̄_1 − γ_1 ε_1, the last step of the decoder, others with values and slopes at
+      both ends, or without slopes with the values at both ends and at the point before;
     - `method="taylor"` takes the steps of GENIE's second truncated Taylor method, with γ growing.
 
     Where `tables` has rows for the number of model calls, and nothing is attached, these are followed instead. They

@@ -1,34 +1,118 @@
-"""Hermite predictor-corrector in the log signal-to-noise ratio, with slopes or as a multistep method."""
+"""Weights of solvers that predict a function from known values and slopes as the most likely one, and integrate it.
+
+A polynomial through the last predictions is what a solver of high order extrapolates, and in long steps what ruins it.
+Here the model's prediction is taken to be a random function of λ = log(α/σ), and what is integrated is its mean given
+everything known of it (Gaussian-process interpolation, kriging). Where steps are short this mean is the polynomial
+through all conditions, whatever the random function, so that orders of convergence are those of polynomials. In long
+steps what is far away counts for less, so that the solver is of lower order there, without a threshold anywhere.
+
+The noise prediction ε along a trajectory is modelled by
+
+    dε/dλ = (ρ(λ) + δ) Z(λ),   ρ = α/√(α² + σ²)                                                        (prior)
+
+where Z is stationary and has the correlation of Matérn with smoothness 5/2 and a length in λ. For normal data of
+variance one, the posterior standard deviation of the data at noise level γ = σ/α is ρ γ. So much detail is left to be
+found there, and it is the scale of what the data prediction D still changes by, dD/dλ = −γ dε/dλ. Near pure noise ρ
+vanishes, but what the network's ε is wrong by does not: that is δ.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from ..interpolation import exponential_moments, interpolation_weights, polynomial_moments
 from ..table import Levels, Row, Term
 
-#: Steps in λ from this length on are long: a polynomial through several points no longer follows the prediction.
-LONG_STEP = 0.75
-#: Near pure noise, below this λ, predictions change least predictably, and steps of this length are straight.
-NEARLY_NOISE, VERY_LONG_STEP = -2.5, 1.5
+#: length in λ over which the derivative of the prediction stays correlated
+CORRELATION_LENGTH = 3.0
+#: error of the network's ε, of which the derivative is as large near pure noise
+NETWORK_ERROR = 0.02
+
+#: Gauss–Legendre points and weights on [0, 1] of one interval between known points
+_POINTS, _QUADRATURE = np.polynomial.legendre.leggauss(12)
+_POINTS, _QUADRATURE = (_POINTS + 1) / 2, _QUADRATURE / 2
+#: Added to covariances with unit diagonal. At rounding level, it matters only for points closer than 10⁻³ in λ.
+_JITTER = 1e-14
+
+#: (what is known, at which λ): `"value"` or `"slope"`
+Condition = tuple[str, float]
+
+
+def matern(distance: np.ndarray, length: float = CORRELATION_LENGTH) -> np.ndarray:
+    """The Matérn correlation of smoothness 5/2: a function that it describes has two derivatives."""
+    scaled = np.sqrt(5.0) / length * np.abs(distance)
+    return (1.0 + scaled + scaled**2 / 3.0) * np.exp(-scaled)
+
+
+def conditional_integral(conditions: Sequence[Condition], start: float, end: float, rate: float) -> np.ndarray:
+    """
+    Weights w such that Σ_k w_k y_k is the mean of ∫ e^{rate·(λ − start)} f(λ) dλ from `start` to `end`, given that the
+    conditions on f have the values y_k.
+
+    f is an unknown constant plus the integral of a derivative that follows (prior).
+
+    Args:
+        conditions (`Sequence[tuple[str, float]]`):
+            What is known: `("value", λ)` is f(λ) and `("slope", λ)` is df/dλ. The first one is a value, and no value
+            and no slope is known twice at one λ.
+        start (`float`), end (`float`):
+            The ends of the step in λ, in any order.
+        rate (`float`):
+            1 for the data prediction, f = D, and −1 for the noise prediction, f = ε.
+    """
+    values = [point for what, point in conditions if what == "value"]
+    slopes = [point for what, point in conditions if what == "slope"]
+    anchor = values[0]
+    # Everything is a linear functional of df/dλ, at the quadrature points between all points, and where slopes are.
+    edges = np.unique([start, end, *values])
+    widths = np.diff(edges)[:, None]
+    nodes = np.concatenate([(edges[:-1, None] + widths * _POINTS).ravel(), slopes])
+    quadrature = np.concatenate([(widths * _QUADRATURE).ravel(), np.zeros(len(slopes))])
+
+    def integral_from(first: float, last: float) -> np.ndarray:
+        inside = (nodes > min(first, last)) & (nodes < max(first, last))
+        return np.where(inside, np.copysign(quadrature, last - first), 0.0)
+
+    total = np.expm1(rate * (end - start)) / rate
+    # ∫ K f = (∫ K) f(anchor) + (∫ K) ∫_anchor^start f' + ∫_start^end f'(s) (∫_s^end K) ds
+    remaining = (np.exp(rate * (end - start)) - np.exp(rate * (nodes - start))) / rate
+    target = total * integral_from(anchor, start) + remaining * integral_from(start, end)
+    others = conditions[1:]
+    functionals = np.zeros((len(others), len(nodes)))
+    of_slopes = iter(range(len(nodes) - len(slopes), len(nodes)))
+    for row, (what, point) in zip(functionals, others, strict=True):
+        if what == "value":
+            row[:] = integral_from(anchor, point)
+        else:
+            row[next(of_slopes)] = 1.0
+
+    amplitude = 1.0 / np.sqrt(1.0 + np.exp(-2.0 * nodes)) + NETWORK_ERROR
+    if rate > 0:  # dD/dλ = −e^{−λ} dε/dλ
+        amplitude = amplitude * np.exp(start - nodes)
+    functionals, target = functionals * amplitude, target * amplitude
+    correlation = matern(nodes[:, None] - nodes)
+    covariance = functionals @ correlation @ functionals.T
+    scale = 1.0 / np.sqrt(np.diag(covariance))
+    covariance = covariance * scale * scale[:, None] + _JITTER * np.eye(len(others))
+    weights = scale * np.linalg.solve(covariance, scale * (functionals @ correlation @ target))
+    # A constant is integrated exactly: the weights of all values add up to the integral of the kernel.
+    of_values = sum(weight for weight, (what, _) in zip(weights, others, strict=True) if what == "value")
+    return np.concatenate([[total - of_values], weights])
 
 
 def hermite(levels: Levels, index: int, known: int, order: int = 3, slopes: bool = False) -> Row:
     """
-    The step x_{n+1} = (σ_{n+1}/σ_n) x_n + σ_{n+1} ∫ e^λ D(λ) dλ with D interpolated through what is known of it.
+    The step x_{n+1} = (σ_{n+1}/σ_n) x_n + σ_{n+1} ∫ e^λ D(λ) dλ, with the mean of D given the latest conditions.
 
-    Values alone give the multistep methods of the family of DPM-Solver++ (Lu et al., 2022) and UniPC (Zhao et al.,
-    2023). With slopes dD/dλ = −(σ/α) dε/dλ the latest points count twice.
+    Values alone give a multistep method of the family of DPM-Solver++ (Lu et al., 2022) and UniPC (Zhao et al., 2023).
 
     Args:
-        order (`int`): Number of conditions, lower while less is known.
-        slopes (`bool`): Whether dε/dλ is known at every point.
+        order (`int`): How many conditions it follows, fewer while fewer are known: its order of convergence.
+        slopes (`bool`): Whether dε/dλ is known beside the prediction at every point.
     """
     if levels.sigmas[index + 1] == 0:  # the step to clean data is D itself
         return {("data", 0): 1.0}
-    order = min(order, 2 if _is_long(levels, index) else 4)
-    if levels.lambdas[index] < NEARLY_NOISE and levels.lambdas[index + 1] - levels.lambdas[index] >= VERY_LONG_STEP:
-        order = 1
     kinds = ("data", "slope") if slopes else ("data",)
-    conditions = [(what, point) for point in range(index, index - known, -1) for what in kinds][:order]
+    conditions = [(kind, point) for point in range(index, index - known, -1) for kind in kinds][:order]
     row: Row = {("sample", 0): float(levels.sigmas[index + 1] / levels.sigmas[index])}
     return row | {(what, index - point): weight for (what, point), weight in _integral(levels, index, conditions)}
 
@@ -37,17 +121,16 @@ def hermite_correction(levels: Levels, index: int, known: int, predictor: Row, s
     """
     What is added to the sample of step `index` once the model was called on it: the step before it, taken again.
 
-    Now the new prediction is known too: the cubic through values and slopes at both ends of the step, or without
-    slopes the parabola through both ends and the point before.
+    Now the new prediction is known too: with values and slopes at both ends of the step, or without slopes with the
+    values at both ends and at the point before.
     """
     if known == 1:
         return {}
     start = index - 1
     if slopes:
-        conditions = [(what, point) for what in ("data", "slope") for point in (start, index)]
+        conditions = [(what, point) for point in (start, index) for what in ("data", "slope")]
     else:
-        earlier = [] if known == 2 or _is_long(levels, start) else [("data", start - 1)]
-        conditions = [("data", index), ("data", start), *earlier]
+        conditions = [("data", point) for point in (start, index, start - 1)[: min(known, 3)]]
     correction = {(what, index - point): weight for (what, point), weight in _integral(levels, start, conditions)}
     return less_the_predictor(correction, predictor)
 
@@ -60,21 +143,12 @@ def less_the_predictor(correction: Row, predictor: Row) -> Row:
     return correction
 
 
-def _is_long(levels: Levels, index: int) -> bool:
-    return levels.lambdas[index + 1] - levels.lambdas[index] >= LONG_STEP
-
-
 def _integral(levels: Levels, start: int, conditions: list[Term]) -> list[tuple[Term, float]]:
     """The weights of `conditions` (what, at which point) in the step from point `start` to the next one."""
     lambdas = levels.lambdas
-    nodes = [lambdas[point] - lambdas[start] for _, point in conditions]
-    step = lambdas[start + 1] - lambdas[start]
-    moments = exponential_moments(step, len(nodes), rate=1.0)
-    if _is_long(levels, start) and lambdas[start] < 0:
-        # The kernel's mean, as B₂(h) of UniPC: what is extrapolated to the end of the step counts for less.
-        moments = moments[0] / step * polynomial_moments(step, len(nodes))
-    weights = interpolation_weights(nodes, [int(what == "slope") for what, _ in conditions], moments)
-    weights *= levels.sigmas[start + 1] * np.exp(lambdas[start])
-    # the source gives dε/dλ, and dD/dλ = −(σ/α) dε/dλ
-    factors = [-np.exp(-lambdas[point]) if what == "slope" else 1.0 for what, point in conditions]
-    return [(condition, float(w * f)) for condition, w, f in zip(conditions, weights, factors, strict=True)]
+    known = [("slope" if what == "slope" else "value", lambdas[point]) for what, point in conditions]
+    weights = conditional_integral(known, lambdas[start], lambdas[start + 1], rate=1.0)
+    weights = weights * levels.alphas[start] * levels.sigmas[start + 1] / levels.sigmas[start]
+    # what is known is dε/dλ, and dD/dλ = −(σ/α) dε/dλ
+    factors = [-levels.gammas[point] if what == "slope" else 1.0 for what, point in conditions]
+    return [(term, float(weight * factor)) for term, weight, factor in zip(conditions, weights, factors, strict=True)]

@@ -2,24 +2,21 @@
 
 import numpy as np
 
-from ..interpolation import exponential_moments, interpolation_weights
 from ..table import Levels, Row, Term
-from .hermite import NEARLY_NOISE, VERY_LONG_STEP, less_the_predictor
+from .hermite import conditional_integral, less_the_predictor
 
 
 def hermite_inverse(levels: Levels, index: int, known: int, order: int = 3, slopes: bool = False) -> Row:
     """
-    The step x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ in x̄ = x/α, with ε interpolated through what is known of it.
+    The step x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ in x̄ = x/α, with the mean of ε given what is known of it.
 
     Args:
         order (`int`): Number of conditions, lower while less is known.
         slopes (`bool`): Whether dε/dλ is known at every point.
     """
-    lambdas = levels.lambdas
     kinds = ("prediction", "slope") if slopes else ("prediction",)
     conditions = [(what, point) for point in range(index, index - known, -1) for what in kinds]
-    very_long = lambdas[index + 1] < NEARLY_NOISE and lambdas[index] - lambdas[index + 1] >= VERY_LONG_STEP
-    conditions = _usable(levels, conditions)[: 1 if very_long else order]
+    conditions = _usable(levels, conditions)[:order]
     conditions = conditions or [("prediction", index)]  # that of clean data, where there is no other
     row: Row = {("sample", 0): float(levels.alphas[index + 1] / levels.alphas[index])}
     return row | {(what, index - point): weight for (what, point), weight in _integral(levels, index, conditions)}
@@ -33,7 +30,7 @@ def hermite_inverse_correction(levels: Levels, index: int, known: int, predictor
     if levels.sigmas[start] == 0:
         conditions = [("prediction", index)]  # x_0 = x̄_1 − γ_1 ε_1
     elif slopes:
-        conditions = _usable(levels, [(what, point) for what in ("prediction", "slope") for point in (start, index)])
+        conditions = _usable(levels, [(what, point) for point in (index, start) for what in ("prediction", "slope")])
     else:
         earlier = [] if known == 2 else [("prediction", start - 1)]
         conditions = _usable(levels, [("prediction", index), ("prediction", start), *earlier])
@@ -56,8 +53,7 @@ def _integral(levels: Levels, start: int, conditions: list[Term]) -> list[tuple[
     if levels.sigmas[start] == 0:
         return [(conditions[0], float(levels.sigmas[start + 1]))]
     lambdas = levels.lambdas
-    nodes = [lambdas[point] - lambdas[start] for _, point in conditions]
-    moments = exponential_moments(lambdas[start + 1] - lambdas[start], len(nodes), rate=-1.0)
-    weights = interpolation_weights(nodes, [int(what == "slope") for what, _ in conditions], moments)
-    weights *= -levels.alphas[start + 1] * np.exp(-lambdas[start])
+    known = [("slope" if what == "slope" else "value", lambdas[point]) for what, point in conditions]
+    weights = conditional_integral(known, lambdas[start], lambdas[start + 1], rate=-1.0)
+    weights = -levels.alphas[start + 1] * np.exp(-lambdas[start]) * weights
     return [(condition, float(weight)) for condition, weight in zip(conditions, weights, strict=True)]
