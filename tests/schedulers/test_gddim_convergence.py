@@ -97,16 +97,16 @@ def test_a_weight_that_is_off_costs_the_order(errors, monkeypatch):
 
 
 def test_few_steps_on_broad_data_are_worth_correcting(mixture, run, noise):
-    """With 5 calls the corrector takes two fifths of the error, which it does only if predictions move with it."""
+    """With 5 calls the corrector more than halves the error, which it does only if predictions move along with it."""
 
     def drawn(calls, **options):
-        scheduler = GDDIMScheduler(time_grid="uniform_lambda", **options)
+        scheduler = GDDIMScheduler(time_grid="quadratic", **options)
         scheduler.set_timesteps(calls)
         return run(scheduler, noise(64, 2))
 
     exact = drawn(600, multistep_order=3)
     plain, corrected = ((drawn(5, multistep_order=1, corrector=c) - exact).norm() for c in (False, True))
-    assert corrected < 0.6 * plain
+    assert corrected < 0.5 * plain
 
 
 def test_few_steps_of_a_trained_model_are_worth_correcting():
