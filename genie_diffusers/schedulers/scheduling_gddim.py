@@ -126,7 +126,8 @@ class LinearDiffusionScheduler(TableScheduler):
             integrals = self._integrals(index, [index - lag for lag in lags])
             weights |= {("prediction", lag): weight for lag, weight in zip(lags, integrals, strict=True)}
         # A correction Δ of the state takes ε along as if the data were standard normal, ε = Kᵀ (Ψ Ψᵀ + Σ)^{−1} u. Near
-        # pure noise, the ε of the uncorrected state would put the data off by Ψ^{−1} Δ and spoil the first steps.
+        # pure noise, the ε of the uncorrected state would put the data off by Ψ^{−1} Δ. That spoils the first steps,
+        # and Langevin diffusion diverges; what it costs where data are concentrated is little beside it.
         of_data = process.mean(start)[..., :1]
         total = of_data @ of_data.swapaxes(-1, -2) + process.covariance(start)
         of_change = weights["prediction", 0] @ self._root(start).swapaxes(-1, -2) @ inverse(total)

@@ -9,15 +9,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (see scheduling_utils)
 
 from ..processes import LinearDiffusion, RectifiedFlow
-from .interpolation import exponential_moments, interpolation_weights, polynomial_moments
+from .hermite import hermite, hermite_correction
+from .interpolation import interpolation_weights, polynomial_moments
 from .scheduling_utils import PREDICTION_TYPES, Row, TableScheduler
 
 METHODS = ("hermite", "taylor")
-
-#: Steps in λ from this length on are long: a polynomial through several points no longer follows the prediction.
-LONG_STEP = 0.75
-#: Near pure noise, below this λ, predictions change least predictably, and steps of this length are straight.
-NEARLY_NOISE, VERY_LONG_STEP = -2.5, 1.5
 
 
 class GenieScheduler(TableScheduler):
@@ -33,15 +29,16 @@ class GenieScheduler(TableScheduler):
     forward-mode derivatives. Without a source the derivative is the finite difference of the last two predictions,
     which is the two-step Adams–Bashforth method.
 
-    `method="hermite"` interpolates the data prediction D = (x − σ ε)/α as a function of λ through everything known of
-    it, values and slopes dD/dλ = −(σ/α) dε/dλ at this point and earlier ones, and integrates that exactly:
+    `method="hermite"` takes the data prediction D = (x − σ ε)/α to be a random function of λ, and integrates its mean
+    given everything known of it, values and slopes dD/dλ = −(σ/α) dε/dλ at this point and earlier ones:
 
         x_{n+1} = (σ_{n+1}/σ_n) x_n + σ_{n+1} ∫ e^λ D(λ) dλ
 
-    The order of this predictor is the number of conditions, `interpolation_order`. When the model has been called at
-    the new point, the step is corrected, at no further call, with the cubic through values and slopes at both its
-    ends, or without slopes with the parabola through both ends and the point before. Without a source it is a
-    multistep method of the family of DPM-Solver++ and UniPC.
+    In short steps that is the polynomial through all conditions, and `interpolation_order`, their number, the order of
+    this predictor; in long steps what is far away counts for less (see `hermite.py`). When the model has been called
+    at the new point, the step is corrected, at no further call, with values and slopes at both its ends, or without
+    slopes with the values at both ends and at the point before. Without a source it is a multistep method of the
+    family of DPM-Solver++ and UniPC.
 
     If the attached model has a [`StepHead`], its learned tables replace both methods for the numbers of model calls
     that it has them for, time grid included, for runs from pure noise.
@@ -93,9 +90,9 @@ class GenieScheduler(TableScheduler):
         flow_shift (`float`, defaults to 1.0):
             How much timesteps are shifted towards noise with `prediction_type="flow_prediction"`, the `shift` of
             [`FlowMatchEulerDiscreteScheduler`]; not with grids in noise level.
-        interpolation_order (`int`, defaults to 3):
-            Order of the predictor of `method="hermite"`, 1 to 4; lower while less is known. Steps of 0.75 or more in
-            λ are at most of order 2, and where λ < −2.5 those of 1.5 or more of order 1.
+        interpolation_order (`int`, *optional*):
+            How many conditions the predictor of `method="hermite"` follows, 1 to 4, fewer while fewer are known; its
+            order of convergence. `None` is 4, and with slopes, which a head knows only roughly, 3.
         analytical_first_step (`bool`, defaults to `False`):
             Take a first step with ε(x_T) := x_T, which needs no model call. It happens inside `init_noise_sigma`,
             before the first of the `num_inference_steps`; pipelines that ignore `init_noise_sigma`
@@ -134,7 +131,7 @@ class GenieScheduler(TableScheduler):
         denoising_step: bool = False,
         method: str = "hermite",
         flow_shift: float = 1.0,
-        interpolation_order: int = 3,
+        interpolation_order: int | None = None,
         analytical_first_step: bool = False,
     ):
         super().__init__()
@@ -223,8 +220,10 @@ class GenieScheduler(TableScheduler):
         super()._check_config()
         if self.config.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.config.method!r}.")
-        if self.config.interpolation_order not in (1, 2, 3, 4):
-            raise ValueError(f"`interpolation_order` must be 1, 2, 3 or 4, got {self.config.interpolation_order!r}.")
+        if self.config.interpolation_order not in (None, 1, 2, 3, 4):
+            raise ValueError(
+                f"`interpolation_order` must be 1, 2, 3, 4 or None, got {self.config.interpolation_order!r}."
+            )
 
     def learned_table(self, num_inference_steps: int) -> dict:
         return (self._tables or {}).get(str(num_inference_steps), {})
@@ -245,6 +244,10 @@ class GenieScheduler(TableScheduler):
         return self._slope_source is not None and self._tables is None
 
     @property
+    def _order(self) -> int:
+        return self.config.interpolation_order or (3 if self._has_slopes else 4)
+
+    @property
     def data_form(self) -> bool:
         return self.config.method == "hermite" and not self._follows_table
 
@@ -253,52 +256,14 @@ class GenieScheduler(TableScheduler):
             return self._learned_row(index)
         if self.config.method == "taylor":
             return self._taylor_row(index, known)
-        if self.noise_stds[index + 1] == 0:  # the step to clean data is D itself
-            return {("prediction", 0): 1.0}
-        order = min(self.config.interpolation_order, 2 if self._is_long(index) else 4)
-        if self.lambdas[index] < NEARLY_NOISE and self.lambdas[index + 1] - self.lambdas[index] >= VERY_LONG_STEP:
-            order = 1
-        points = range(index, index - known, -1)
-        kinds = ("prediction", "slope") if self._has_slopes else ("prediction",)
-        conditions = [(what, point) for point in points for what in kinds][:order]
-        row = {("sample", 0): float(self.noise_stds[index + 1] / self.noise_stds[index])}
-        return row | {(what, index - point): weight for (what, point), weight in self._integral(index, conditions)}
+        levels = self.alphas, self.noise_stds
+        return _of_prediction(hermite(levels, index, known, order=self._order, slopes=self._has_slopes))
 
     def correction(self, index: int, known: int) -> Row:
-        if known == 1 or self.config.method == "taylor" or self._follows_table:
+        if self.config.method == "taylor" or self._follows_table:
             return {}
-        start = index - 1
-        conditions = self._known_around(start, known)
-        correction = {(what, index - point): weight for (what, point), weight in self._integral(start, conditions)}
-        for (what, lag), weight in self.table[start].items():  # what the predictor has already added
-            if what != "sample":
-                correction[what, lag + 1] = correction.get((what, lag + 1), 0.0) - weight
-        return correction
-
-    def _known_around(self, start: int, known: int) -> list[tuple[str, int]]:
-        """What the corrector of the step from point `start` interpolates."""
-        if self._has_slopes:
-            return [(what, point) for what in ("prediction", "slope") for point in (start, start + 1)]
-        earlier = [] if known == 2 or self._is_long(start) else [("prediction", start - 1)]
-        return [("prediction", start + 1), ("prediction", start), *earlier]
-
-    def _is_long(self, index: int) -> bool:
-        return self.lambdas[index + 1] - self.lambdas[index] >= LONG_STEP
-
-    def _integral(self, start: int, conditions: list[tuple[str, int]]) -> list[tuple[tuple[str, int], float]]:
-        """The weights of `conditions` (what, at which point) in the step from point `start` to the next one."""
-        nodes = [self.lambdas[point] - self.lambdas[start] for _, point in conditions]
-        derivatives = [int(what == "slope") for what, _ in conditions]
-        step = self.lambdas[start + 1] - self.lambdas[start]
-        moments = exponential_moments(step, len(nodes), rate=1.0)
-        if self._is_long(start) and self.lambdas[start] < 0:
-            # The kernel's mean, as B₂(h) of UniPC: what is extrapolated to the end of the step counts for less.
-            moments = moments[0] / step * polynomial_moments(step, len(nodes))
-        weights = interpolation_weights(nodes, derivatives, moments)
-        weights *= self.noise_stds[start + 1] * np.exp(self.lambdas[start])
-        # the source gives dε/dλ, and dD/dλ = −(σ/α) dε/dλ
-        factors = [-np.exp(-self.lambdas[point]) if what == "slope" else 1.0 for what, point in conditions]
-        return [(condition, float(w * f)) for condition, w, f in zip(conditions, weights, factors, strict=True)]
+        levels = self.alphas, self.noise_stds
+        return _of_prediction(hermite_correction(levels, index, known, order=self._order, slopes=self._has_slopes))
 
     def _learned_row(self, index: int) -> Row:
         of_sample, *of_predictions = self._learned["weights"][index]
@@ -323,3 +288,8 @@ class GenieScheduler(TableScheduler):
             # the source gives dε/dλ, and dε/dγ = −(1/γ) dε/dλ
             row[column] = alpha_next * (-weight / gamma if column[0] == "slope" else weight)
         return {column: float(weight) for column, weight in row.items()}
+
+
+def _of_prediction(row: Row) -> Row:
+    """A row of data predictions, which are what `data_form` calls the predictions."""
+    return {("prediction" if what == "data" else what, lag): weight for (what, lag), weight in row.items()}

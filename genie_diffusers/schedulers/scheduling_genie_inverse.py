@@ -6,8 +6,8 @@ import numpy as np
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (see scheduling_utils)
 
-from .interpolation import exponential_moments, interpolation_weights
-from .scheduling_genie import NEARLY_NOISE, VERY_LONG_STEP, GenieScheduler
+from .hermite import conditional_integral
+from .scheduling_genie import GenieScheduler
 from .scheduling_utils import Row, TableScheduler
 
 
@@ -29,12 +29,10 @@ class GenieInverseScheduler(GenieScheduler):
     In x̄ = x/α and γ = σ/α the ODE is dx̄/dγ = ε. The step from clean data is x̄_1 = x_0 + γ_1 ε_0, with a prediction on
     clean data, for which no model was trained; a single call, which has no other, therefore encodes badly.
 
-    - `method="hermite"` interpolates ε as a function of λ through everything known of it, values and slopes
-      (`interpolation_order` conditions), and integrates that exactly, x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ. The step is
-      corrected at no further call, that from clean data with x_0 = x̄_1 − γ_1 ε_1, the last step of the decoder, others
-      with the cubic through values and slopes at both ends, or without slopes with the
-      parabola through both ends and the point before. Towards noise ε is what changes little, as x_0 does towards
-      data, so orders are lowered only in steps of 1.5 or more where λ < −2.5;
+    - `method="hermite"` integrates the mean of ε given everything known of it, values and slopes
+      (`interpolation_order` conditions), x̄_{n+1} = x̄_n − ∫ e^{−λ} ε(λ) dλ. The step is corrected at no further call,
+      that from clean data with x_0 = x̄_1 − γ_1 ε_1, the last step of the decoder, others with values and slopes at
+      both ends, or without slopes with the values at both ends and at the point before;
     - `method="taylor"` takes the steps of GENIE's second truncated Taylor method, with γ growing.
 
     Where `encoding` has rows for the number of model calls, and nothing is attached, these are followed instead. They
@@ -82,7 +80,7 @@ class GenieInverseScheduler(GenieScheduler):
         denoising_step: bool = False,
         method: str = "hermite",
         flow_shift: float = 1.0,
-        interpolation_order: int = 3,
+        interpolation_order: int | None = None,
         analytical_first_step: bool = False,
         encoding: dict[str, dict[str, Any]] | None = None,
     ):
@@ -137,7 +135,7 @@ class GenieInverseScheduler(GenieScheduler):
             row = {("sample", 0): float(self.alphas[index + 1] / self.alphas[index])}
             kinds = ("prediction", "slope") if self._has_slopes else ("prediction",)
             points = range(index, index - known, -1)
-            conditions = self._usable([(what, point) for point in points for what in kinds])[: self._order(index)]
+            conditions = self._usable([(what, point) for point in points for what in kinds])[: self._order]
             conditions = conditions or [("prediction", index)]  # that of clean data, where there is no other
             row |= {(what, index - point): weight for (what, point), weight in self._integral(index, conditions)}
         scale = self._noise_scale if index + 2 == len(self.alphas) else 1.0
@@ -146,7 +144,20 @@ class GenieInverseScheduler(GenieScheduler):
     def _known_around(self, start: int, known: int) -> list[tuple[str, int]]:
         if self.noise_stds[start] == 0:
             return [("prediction", start + 1)]  # x_0 = x̄_1 − γ_1 ε_1
-        return self._usable(super()._known_around(start, known))
+        if self._has_slopes:
+            return self._usable([(what, point) for point in (start + 1, start) for what in ("prediction", "slope")])
+        return self._usable([("prediction", point) for point in (start + 1, start, start - 1)[:known]])
+
+    def correction(self, index: int, known: int) -> Row:
+        if known == 1 or self.config.method == "taylor" or self._follows_table:
+            return {}
+        start = index - 1
+        conditions = self._known_around(start, known)
+        correction = {(what, index - point): weight for (what, point), weight in self._integral(start, conditions)}
+        for (what, lag), weight in self.table[start].items():  # what the predictor has already added
+            if what != "sample":
+                correction[what, lag + 1] = correction.get((what, lag + 1), 0.0) - weight
+        return correction
 
     def _usable(self, conditions: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """Without those at clean data, and at a point that is visited again at once (a noisy end at a timestep)."""
@@ -157,22 +168,12 @@ class GenieInverseScheduler(GenieScheduler):
             if self.noise_stds[point] > 0 and (point == newest or self.lambdas[point] > self.lambdas[point + 1])
         ]
 
-    def _is_long(self, index: int) -> bool:
-        return False  # ε bears long steps, other than x_0: only `_order` limits them
-
-    def _order(self, index: int) -> int:
-        step = self.lambdas[index] - self.lambdas[index + 1]
-        very_long = self.lambdas[index + 1] < NEARLY_NOISE and step >= VERY_LONG_STEP
-        return 1 if very_long else self.config.interpolation_order
-
     def _integral(self, start: int, conditions: list[tuple[str, int]]) -> list[tuple[tuple[str, int], float]]:
         """The weights of `conditions` (what, at which point) in the step from point `start` to the next one."""
         if self.noise_stds[start] == 0:
             return [(conditions[0], float(self.noise_stds[start + 1]))]
-        nodes = [self.lambdas[point] - self.lambdas[start] for _, point in conditions]
-        derivatives = [int(what == "slope") for what, _ in conditions]
-        step = self.lambdas[start + 1] - self.lambdas[start]
-        weights = interpolation_weights(nodes, derivatives, exponential_moments(step, len(nodes), rate=-1.0))
+        known = [("slope" if what == "slope" else "value", self.lambdas[point]) for what, point in conditions]
+        weights = conditional_integral(known, self.lambdas[start], self.lambdas[start + 1], rate=-1.0)
         weights *= -self.alphas[start + 1] * np.exp(-self.lambdas[start])
         return [(condition, float(weight)) for condition, weight in zip(conditions, weights, strict=True)]
 

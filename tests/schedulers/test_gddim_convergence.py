@@ -32,9 +32,9 @@ def references() -> dict:
 
 @pytest.fixture
 def errors(linear_mixture, references, noise):
-    """The relative errors at `STEPS` of a configuration on the process `name`."""
+    """The relative errors at the numbers of `steps` of a configuration on the process `name`."""
 
-    def errors(name: str, **config):
+    def errors(name: str, steps=STEPS, **config):
         scheduler_class, defaults, means, shape = setting(name)
         scheduler = scheduler_class(
             **{**defaults, "final_sigmas_type": "sigma_min", "time_grid": "uniform_lambda", **config}
@@ -45,7 +45,7 @@ def errors(linear_mixture, references, noise):
         if name not in references:
             references[name] = problem.solve(start, process.timestep_max, process.timestep_min)
         found = []
-        for count in STEPS:
+        for count in steps:
             scheduler.set_timesteps(count)
             found.append(float((problem.sample(scheduler, start) - references[name]).norm() / references[name].norm()))
         return np.array(found)
@@ -74,6 +74,22 @@ def test_corrector_raises_the_order_by_one(errors, name, multistep_order):
     corrected = errors(name, multistep_order=multistep_order, corrector=True)
     assert order(corrected) == pytest.approx(multistep_order + 1, abs=0.5)
     assert corrected[-1] < 0.5 * errors(name, multistep_order=multistep_order)[-1]
+
+
+@pytest.mark.parametrize("name, share", [("cld", 0.02), ("blurring", 0.8), ("vp", 0.5)])
+def test_a_correction_that_leaves_the_prediction_as_it_was_spoils_the_first_steps(errors, monkeypatch, name, share):
+    """With ten calls. Langevin diffusion diverges without the change of ε that a correction brings about."""
+    scheduler_class, config = setting(name)[0], {"multistep_order": 2, "corrector": True}
+    consistent = errors(name, steps=(10,), **config)[0]
+    rows = scheduler_class.row
+
+    def row(self, index, known):
+        with monkeypatch.context() as patched:
+            patched.setattr(scheduler_class, "_corrections", lambda *args: {})
+            return rows(self, index, known)
+
+    monkeypatch.setattr(scheduler_class, "row", row)
+    assert consistent < share * errors(name, steps=(10,), **config)[0]
 
 
 def test_the_cholesky_root_converges_too_but_further_away(errors):
