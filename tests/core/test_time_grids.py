@@ -113,9 +113,12 @@ def test_striding_on_the_analytic_process_is_that_of_the_paper(grid, steps):
 
 def test_grids_in_noise_level_are_even_in_what_their_name_says():
     process = VariancePreserving.from_config({})
-    gammas = {grid: process.gamma(time_grid(process, grid, 12)) for grid in ("uniform_lambda", "karras", "beta")}
+    grids = ("uniform_lambda", "power_lambda", "karras", "beta")
+    gammas = {grid: process.gamma(time_grid(process, grid, 12)) for grid in grids}
+    from_noise = np.log(gammas["power_lambda"][0] / gammas["power_lambda"])
     even = {
         "uniform_lambda": np.log(gammas["uniform_lambda"]),
+        "power_lambda": np.maximum(from_noise, 0.0) ** (2 / 3),
         "karras": gammas["karras"] ** (1 / 7),
     }
     for values in even.values():

@@ -126,10 +126,12 @@ def test_the_predictor_has_the_order_of_its_conditions(errors, slope_source, gri
     what the first steps miss shows only far below the errors here.
     """
     found = errors(Predictor, slope_source if with_source else None, time_grid=grid, interpolation_order=order)
-    # In steps even in λ the errors of the higher orders change their sign on the way, and partly cancel. The fourth
-    # order is met from below: the random function that is conditioned on has no more derivatives than it needs.
-    tolerance = 0.15 if order < 3 else 0.45 if order == 3 or with_source else 1.0
-    np.testing.assert_allclose(orders(found), order, atol=tolerance)
+    if order == 4 and not with_source:  # the random function has no more derivatives than that needs
+        assert np.all(orders(found) > 2.9)
+        assert np.all(found < 0.3 * errors(Predictor, None, time_grid=grid, interpolation_order=3))
+        return
+    # in steps even in λ the errors of the higher orders change their sign on the way, and partly cancel
+    np.testing.assert_allclose(orders(found), order, atol=0.15 if order < 3 else 0.45)
 
 
 @every_grid

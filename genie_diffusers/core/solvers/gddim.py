@@ -63,7 +63,8 @@ def gddim(
         weights |= {("prediction", lag): weight for lag, weight in zip(lags, integrals, strict=True)}
     if corrector:
         # A correction Δ of the state takes ε along as if the data were standard normal, ε = Kᵀ (Ψ Ψᵀ + Σ)^{−1} u. Near
-        # pure noise, the ε of the uncorrected state would put the data off by Ψ^{−1} Δ and spoil the first steps.
+        # pure noise, the ε of the uncorrected state would put the data off by Ψ^{−1} Δ. That spoils the first steps,
+        # and Langevin diffusion diverges (benchmarks/gddim_corrector.py); what it costs on concentrated data is less.
         of_data = path.mean(start)[..., :1]
         total = of_data @ of_data.swapaxes(-1, -2) + path.covariance(start)
         of_change = weights["prediction", 0] @ root.swapaxes(-1, -2) @ inverse(total)
