@@ -184,7 +184,11 @@ class Plan:
         """Rows as tensors where the sample is, numbers as zero-dimensional ones: one transfer a run."""
         key = (name, device, dtype)
         if key not in self._tensors:
-            self._tensors[key] = self._dense(device, dtype) if name == "dense" else self._sparse(name, device, dtype)
+            # kept beyond an inference mode that the first step may be in
+            with torch.inference_mode(False):
+                self._tensors[key] = (
+                    self._dense(device, dtype) if name == "dense" else self._sparse(name, device, dtype)
+                )
         return self._tensors[key]
 
     def _sparse(self, name: str, device, dtype) -> list:

@@ -1,6 +1,9 @@
 """Where a sampler calls the model: grids of timesteps between the noisiest and the cleanest one."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from scipy.stats import beta as beta_distribution
 
 from ..processes import VariancePreserving
@@ -89,3 +92,43 @@ def distinct_integers(timesteps: np.ndarray, largest: int) -> np.ndarray:
     # what the first pushed past the largest.
     rounded = np.maximum.accumulate((rounded + ramp)[::-1])[::-1] - ramp
     return np.minimum(rounded, largest - ramp)
+
+
+def custom_timesteps(process, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> np.ndarray:
+    """
+    The timesteps of a run that somebody has chosen, checked.
+
+    Args:
+        process ([`LinearDiffusion`]): The path.
+        timesteps (`Sequence[float]`, *optional*): Strictly decreasing timesteps.
+        sigmas (`Sequence[float]`, *optional*):
+            Instead, strictly decreasing noise levels γ = σ/α; each is moved to the nearest timestep.
+
+    Raises:
+        ValueError: If they do not decrease, are no numbers, or lie outside of the path.
+    """
+    name = "timesteps" if timesteps is not None else "sigmas"
+    given = timesteps if timesteps is not None else sigmas
+    points = np.asarray(given.cpu() if torch.is_tensor(given) else given, dtype=np.float64)
+    if points.ndim != 1 or len(points) == 0 or not np.all(np.isfinite(points)):
+        raise ValueError(f"`{name}` must be a sequence of at least one finite number, got {given}.")
+    if timesteps is None:
+        largest = process.gamma(process.timestep_max)
+        # 1e-3: a tenth of a timestep, since diffusers computes the largest one in float32
+        if not np.all((points > 0) & (points <= largest * (1 + 1e-3))):
+            raise ValueError(
+                f"`sigmas` must be positive and at most {largest:g}, the noise level of the first timestep; got "
+                f"{given}."
+            )
+        points = process.timestep(-np.log(np.minimum(points, largest)))
+        points = np.round(points) if process.is_discrete else points
+    elif process.is_discrete and np.any(points != np.round(points)):
+        raise ValueError(f"`timesteps` must be integers, got {given}.")
+    # 1e-6: a real timestep that went through float32
+    low, high = process.timestep_min * (1 - 1e-6), process.timestep_max * (1 + 1e-6)
+    if np.any(np.diff(points) >= 0) or points[0] > high or points[-1] < low:
+        raise ValueError(
+            f"`{name}` must strictly decrease and lie between the timesteps {process.timestep_max:g} and "
+            f"{process.timestep_min:g}; got {given}, which are the timesteps {points.tolist()}."
+        )
+    return points

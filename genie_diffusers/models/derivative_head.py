@@ -196,7 +196,7 @@ def fingerprint(model: torch.nn.Module) -> list[float]:
     weights = [parameter for _, parameter in sorted(_base_weights(model)) if parameter.ndim > 1]
     sums = [0.0] * 8
     for i, weight in enumerate(weights):
-        start = weight.detach().flatten()[:4096].double().cpu()
+        start = weight.detach().flatten()[:4096].cpu().double()
         pattern = torch.cos(torch.arange(start.numel(), dtype=torch.float64, device="cpu"))
         sums[i % 8] += float(start @ pattern) / max(float(start.norm()), torch.finfo(torch.float64).tiny)
     return [round(value / math.sqrt(max(1, len(weights) / 8)), 6) for value in sums]

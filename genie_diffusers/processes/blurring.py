@@ -146,4 +146,5 @@ class Blurring(LinearDiffusion):
 @lru_cache(maxsize=32)
 def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The orthonormal DCT-II as a matrix of shape `(length, length)`."""
-    return torch.as_tensor(dct(np.eye(length), norm="ortho", axis=0), dtype=dtype, device=device)
+    with torch.inference_mode(False):  # it is kept
+        return torch.tensor(dct(np.eye(length), norm="ortho", axis=0), dtype=dtype, device=device)
