@@ -1,10 +1,8 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from scipy.integrate import quad
 
 from genie_diffusers import GenieScheduler
 
@@ -127,8 +125,9 @@ def test_without_a_source_it_is_adams_bashforth_in_gamma(mixture, run, noise):
 
 
 def test_a_run_that_begins_mid_way_begins_without_history():
-    whole, late, first_order = GenieScheduler(), GenieScheduler(), FirstOrderScheduler()
-    for scheduler in (whole, late, first_order):
+    schedulers = [cls(interpolation_order=2) for cls in (GenieScheduler, GenieScheduler, FirstOrderScheduler)]
+    whole, late, first_order = schedulers
+    for scheduler in schedulers:
         scheduler.set_timesteps(6)
     late.set_begin_index(2)
     assert late.table[2] == first_order.table[2] != whole.table[2]
@@ -246,27 +245,12 @@ def test_an_impossible_order_is_refused(order):
         GenieScheduler(interpolation_order=order).set_timesteps(5)
 
 
-def test_long_steps_integrate_a_straight_prediction_as_documented():
-    """D is a straight line in λ: all of the kernel where λ > 0, its mean before, and no line near pure noise."""
-    scheduler = GenieScheduler(time_grid="uniform_lambda")
-    kinds = set()
-    for steps in (4, 8):
-        scheduler.set_timesteps(steps)
-        lambdas, sigmas = scheduler.lambdas, scheduler.noise_stds
-        for index in range(1, steps - 1):
-            start, end = lambdas[index : index + 2]
-            assert end - start >= 0.75, "every step of this test is long"
-            line = {lag: 0.3 - 0.2 * lambdas[index - lag] for lag in range(2)}
-            row = scheduler.table[index]
-            predicted = sum(weight * line[lag] for (what, lag), weight in row.items() if what == "prediction")
-            kernel_mean = quad(np.exp, start, end)[0] / (end - start)
-            if start < -2.5 and end - start >= 1.5:
-                kind, expected = "straight", line[0] * quad(np.exp, start, end)[0]
-            elif start < 0:
-                kind, expected = "mean", kernel_mean * quad(lambda u: 0.3 - 0.2 * u, start, end)[0]
-            else:
-                kind, expected = "exact", quad(lambda u: np.exp(u) * (0.3 - 0.2 * u), start, end)[0]
-            assert row["sample", 0] == pytest.approx(sigmas[index + 1] / sigmas[index], rel=1e-12)
-            assert predicted == pytest.approx(sigmas[index + 1] * expected, rel=1e-10)
-            kinds.add(kind)
-    assert kinds == {"straight", "mean", "exact"}
+@pytest.mark.parametrize("with_slopes, expected", [(False, {0, 1, 2, 3}), (True, {0, 1})])
+def test_the_default_order_is_four_values_or_two_values_and_a_slope(with_slopes, expected):
+    scheduler = GenieScheduler()
+    if with_slopes:
+        scheduler.attach(lambda sample, noise_prediction, timestep, **kwargs: torch.zeros_like(sample))
+    scheduler.set_timesteps(8)
+    row = scheduler.table[5]
+    assert {lag for what, lag in row if what == "prediction"} == expected
+    assert {lag for what, lag in row if what == "slope"} == ({0} if with_slopes else set())
