@@ -44,7 +44,7 @@ def arguments(base, data, output_dir, **named) -> list[str]:
         "num_inference_steps": "2,3",
         "train_batch_size": 4,
         "max_train_steps": 40,
-        "learning_rate": 0.1,
+        "learning_rate": 0.03,
         "lr_warmup_steps": 2,
         "validation_samples": 8,
         "report_to": "none",
@@ -118,7 +118,7 @@ def test_an_earlier_result_is_gone_on_with_and_its_other_rows_are_kept(base, dat
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one(base, data, tmp_path):
-    options = {"max_train_steps": 6, "learning_rate": 0.1, "num_inference_steps": 3}
+    options = {"max_train_steps": 6, "learning_rate": 0.03, "num_inference_steps": 3}
     train(base, data, tmp_path / "whole", **options, train_batch_size=8)
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     split = arguments(base, data, tmp_path / "split", **options, train_batch_size=2, gradient_accumulation_steps=2)
