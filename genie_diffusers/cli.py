@@ -25,7 +25,7 @@ from . import (
     VariancePreserving,
 )
 from .core.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
-from .schedulers.scheduling_gaussian_diffusion import SIGMA_GRIDS
+from .schedulers.scheduling_gaussian_diffusion import SIGMA_FLAGS
 
 INSTALL = "pip install 'genie-diffusers[cli]'"
 try:
@@ -292,8 +292,10 @@ def grid_options(scheduler_class: type, grid: str | None) -> dict[str, Any]:
     known = signature(scheduler_class).parameters
     if "time_grid" in known and grid in TIME_GRIDS + TIMESTEP_SPACINGS:
         return {"time_grid": grid}
-    options: dict[str, Any] = {flag: False for flag in SIGMA_GRIDS if flag in known}
-    flags = [flag for flag in options if SIGMA_GRIDS[flag] == grid]
+    options: dict[str, Any] = {flag: False for flag in SIGMA_FLAGS if flag in known}
+    # diffusers' name of a grid that is even in λ
+    sigmas = "exponential" if grid == "uniform_lambda" else grid
+    flags = [flag for flag in options if SIGMA_FLAGS[flag] == sigmas]
     if "timestep_spacing" in known and grid in TIMESTEP_SPACINGS:
         return {**options, "timestep_spacing": grid}
     if not flags:

@@ -32,14 +32,17 @@ class Plan:
 
     Args:
         table ([`Table`]): The sampler.
-        parametrisation ([`Parametrisation`] or anything with its `to_noise_row` and `to_data_row`):
-            What the model predicts.
+        parametrisation ([`Parametrisation`] or anything with its `to_noise` and `to_data`):
+            What the model predicts. One with a method `conversions(table)` states the rows themselves.
         clips (`bool`, defaults to `False`): Whether x_0 is clipped, so that nothing linear can be folded.
         fold (`bool`, defaults to `True`):
             Whether conversions of the model's output are folded into the rows. Where weights are learned, their
             gradients need what they weigh to be at hand, and nothing else.
         combine (`Callable`, *optional*):
             `combine(weights, states)` for weights that are no numbers, [`LinearDiffusion.combine`].
+
+    Raises:
+        ValueError: If weights are matrices, and there is no `combine`.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Plan:
         table = table.fold()
         steps = range(len(table))
         rows = table.rows
+        if combine is None and any(np.size(w) > 1 for row in rows for w in row.values() if isinstance(w, np.ndarray)):
+            raise ValueError("`combine` must be that of the path, `process.combine`, for weights that are matrices.")
         to_noise, to_data = conversions(table, parametrisation)
         #: the terms of each step that some row weighs, in it or later, and those that are weighed later
         self.needed: list[set[str]] = [set() for _ in steps]
@@ -266,6 +271,7 @@ def run(
     begin: int = 0,
     visit: Callable | None = None,
     fold: bool = True,
+    combine: Callable | None = None,
 ) -> torch.Tensor:
     """
     Sample with a table.
@@ -281,13 +287,13 @@ def run(
         source, clip (`Callable`, *optional*): As in [`step`].
         begin (`int`, defaults to 0): The step to start with.
         visit (`Callable`, *optional*): Called in each step as `visit(index, tensors)`, with the tensors it adds up.
-        fold (`bool`, defaults to `True`): As in [`Plan`].
+        fold (`bool`, defaults to `True`), combine (`Callable`, *optional*): As in [`Plan`].
 
     Returns:
         `torch.Tensor`: Where the run ends, clean data for most tables.
     """
     parametrisation = Parametrisation() if parametrisation is None else parametrisation
-    plan = Plan(table, parametrisation, clips=clip is not None, fold=fold)
+    plan = Plan(table, parametrisation, clips=clip is not None, combine=combine, fold=fold)
     seen: Seen = ()
     for index in range(begin, len(plan)):
         output, fresh = model(sample, table.timesteps[index]), None

@@ -22,6 +22,9 @@ LEVEL_TOLERANCE = 1e-2
 #: what a row may weigh: states x; predictions ε and x_0; dε/dλ and what a network adds, both of a source; fresh noise
 TERMS = ("sample", "prediction", "data", "slope", "residual", "noise")
 
+#: what an entry of `tables` consists of
+ENTRY_KEYS = {"timesteps", "alphas", "sigmas", "rows", "corrections", "model_levels", "learned_for"}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Levels:
@@ -59,7 +62,8 @@ class Table:
     """
     A sampler: where it calls the model, and in each step the weights of the tensors whose sum is the next sample.
 
-    It is all that [`~core.engine.run`] needs beside the model. Rows may hold tensors, which are then what is learned.
+    It is all that [`~core.engine.run`] needs beside the model, and `combine` of its path where weights are matrices.
+    Rows may hold tensors, which are then what is learned.
 
     Args:
         timesteps (sequence of `float`, length N): What the model is called with.
@@ -70,7 +74,9 @@ class Table:
             Row i holds the weights of what is added to the sample of step i before it, once the model was called.
         model_levels (pair of sequences of `float`, *optional*):
             α and σ that the model is told in its calls, where they are not those of the point: at clean data.
-        learned_for (`dict`, *optional*): What it was learned for, as configuration keys.
+        learned_for (`dict`, *optional*):
+            What it was learned for, as configuration keys, where its levels do not say it: the options of the decoder
+            that an encoder was learned with, which [`GenieInverseScheduler`] compares with its own.
     """
 
     timesteps: Any
@@ -129,11 +135,16 @@ class Table:
         α_k and σ_k of x_k = α_k x_0 + σ_k z that the sampler has when every prediction is x_0.
 
         A model meets at x_k what it was trained on where they are `alphas` and `sigmas`. DDPM and DDIM have that
-        property; a learned sampler need not.
+        property; a learned sampler need not. What a source adds counts as zero.
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: Two arrays of shape `(N + 1,)`.
+
+        Raises:
+            ValueError: If weights are matrices, or the run starts at clean data, where ε is nothing of x.
         """
+        if any(np.ndim(weight) for row in self.rows for weight in row.values()) or not self.sigmas[0] > 0:
+            raise ValueError("`marginals` are those of tables whose weights are numbers and that start with noise.")
         steps = len(self)
         alphas, covariance = np.zeros(steps + 1), np.zeros((steps + 1, steps + 1))
         alphas[0], covariance[0, 0] = self.alphas[0], self.sigmas[0] ** 2
@@ -214,14 +225,17 @@ def build(levels: Levels, row, correction=None, begin: int = 0, model_levels=Non
             before that; `predictor` is the row of the step that led there, empty where the run starts.
         begin (`int`, defaults to 0): The first step; those before it are as for a run that starts there.
         model_levels (*optional*): As in [`Table`].
+
+    Raises:
+        ValueError: If a row weighs what there is not, or by what is no finite number.
     """
     rows, corrections = [], []
     for index in range(len(levels)):
         known = max(index - begin, 0) + 1
-        rows.append(row(levels, index, known))
+        rows.append(_checked(row(levels, index, known), index, known))
         if correction is not None:
             predictor = rows[index - 1] if known > 1 else {}
-            corrections.append(correction(levels, index, known, predictor))
+            corrections.append(_checked(correction(levels, index, known, predictor), index, known))
     return Table(
         timesteps=levels.timesteps,
         alphas=levels.alphas,
@@ -230,6 +244,21 @@ def build(levels: Levels, row, correction=None, begin: int = 0, model_levels=Non
         corrections=tuple(corrections),
         model_levels=model_levels,
     )
+
+
+def _checked(row: Row, index: int, known: int) -> Row:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"Step {index} must have a dictionary of weights by (term, how many steps ago), got {row!r}.")
+    for term, weight in row.items():
+        what, lag = term if isinstance(term, tuple) and len(term) == 2 else (term, None)
+        if what not in TERMS or lag not in range(1 if what == "noise" else known):
+            raise ValueError(
+                f"Step {index} must weigh (term, how many steps ago) with a term of {', '.join(TERMS)} and at most "
+                f"{known - 1} steps ago, noise of now alone, got {term!r}."
+            )
+        if not torch.is_tensor(weight) and not np.all(np.isfinite(weight)):
+            raise ValueError(f"Step {index} must weigh {term!r} by a finite number, got {weight}.")
+    return row
 
 
 def product(first: Weight, second: Weight) -> Weight:
@@ -258,8 +287,27 @@ def encodes(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of `tables` goes from data to noise."""
     if not isinstance(entry, Mapping) or "sigmas" not in entry:
         return False
-    gammas = np.asarray(entry["sigmas"], dtype=np.float64) / np.asarray(entry.get("alphas", 1.0), dtype=np.float64)
-    return bool(gammas[0] < gammas[-1])
+    try:
+        ends = [(entry["sigmas"][end], entry["alphas"][end] if "alphas" in entry else 1.0) for end in (0, -1)]
+        (sigma_0, alpha_0), (sigma_1, alpha_1) = ends
+        return float(sigma_0) * float(alpha_1) < float(sigma_1) * float(alpha_0)
+    except (TypeError, ValueError, IndexError, KeyError):
+        return False  # malformed, as is said where it is read
+
+
+def entries(tables: Any) -> dict[str, Any]:
+    """
+    The configuration key `tables` by number of model calls, as strings: as JSON has them.
+
+    Raises:
+        ValueError: If it is no dictionary from numbers of model calls.
+    """
+    if tables is None:
+        return {}
+    if not isinstance(tables, Mapping) or not all(str(steps).isdigit() for steps in tables):
+        given = list(tables) if isinstance(tables, Mapping) else type(tables).__name__
+        raise ValueError(f"`tables` must be a dictionary from numbers of model calls to tables, got {given}.")
+    return {str(steps): entry for steps, entry in tables.items()}
 
 
 def read_table(entry: Mapping[str, Any], path: Any, steps: int | None, name: str = "tables") -> Table:
@@ -271,12 +319,18 @@ def read_table(entry: Mapping[str, Any], path: Any, steps: int | None, name: str
     entry = _translated(entry, path)
     if "rows" not in entry or "timesteps" not in entry:
         raise ValueError(f"`{name}` must have the keys 'timesteps' and 'rows', got {', '.join(map(repr, entry))}.")
+    unknown = set(entry) - ENTRY_KEYS
+    if unknown:
+        raise ValueError(f"`{name}` must have keys of {', '.join(sorted(ENTRY_KEYS))}, got {sorted(unknown)}.")
     timesteps = _numbers(entry["timesteps"], "timesteps", name)
     steps = len(timesteps)
     rows = tuple(_row(row, name) for row in entry["rows"])
     corrections = tuple(_row(row, name) for row in entry.get("corrections", ()))
     if len(rows) != steps or len(corrections) not in (0, steps):
-        raise ValueError(f"`{name}` must have a row for each of its {steps} timesteps, got {len(rows)}.")
+        raise ValueError(
+            f"`{name}` must have a row for each of its {steps} timesteps, and as many corrections or none, got "
+            f"{len(rows)} and {len(corrections)}."
+        )
     _check_rows(rows, name)
     _check_rows(corrections, name)
     if path is not None:
@@ -294,7 +348,11 @@ def read_table(entry: Mapping[str, Any], path: Any, steps: int | None, name: str
             )
     model_levels = entry.get("model_levels")
     if model_levels is not None:
+        if not isinstance(model_levels, Sequence) or len(model_levels) != 2:
+            raise ValueError(f"`{name}` must have two lists in 'model_levels', α and σ, got {model_levels}.")
         model_levels = tuple(_numbers(values, "model_levels", name) for values in model_levels)
+        if any(len(values) != steps for values in model_levels):
+            raise ValueError(f"`{name}` must have {steps} values of α and of σ in 'model_levels', got {model_levels}.")
     table = Table(timesteps, alphas, sigmas, rows, corrections, model_levels, entry.get("learned_for"))
     if path is not None:
         _check_levels(table, path, name)
@@ -338,7 +396,7 @@ def _encoder(entry: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
     timesteps = np.append(start, path.timestep(-np.log(gammas[1:-1])))
     if path.is_discrete:
         timesteps = np.round(timesteps)
-    alphas = 1 / np.sqrt(1 + gammas**2)
+    alphas = path.alpha_at(gammas)
     sigmas = gammas * alphas
     model_alphas, model_sigmas = alphas[:-1].copy(), sigmas[:-1].copy()
     model_alphas[0], model_sigmas[0] = path.alpha(start), path.sigma(start)
@@ -367,6 +425,8 @@ def _row(row: Any, name: str) -> Row:
         raise ValueError(f"A row of `{name}` must weigh nothing but {', '.join(TERMS)}, got {row}.")
     weights: Row = {}
     for what, by_lag in sorted(row.items(), key=lambda item: TERMS.index(item[0])):  # sums round in one order
+        if not isinstance(by_lag, Sequence) or isinstance(by_lag, str):
+            raise ValueError(f"A row of `{name}` must have a list of weights for {what!r}, got {by_lag!r}.")
         for lag, given in enumerate(by_lag):
             try:
                 weight = np.asarray(given, dtype=np.float64)
@@ -389,14 +449,17 @@ def _check_rows(rows: Sequence[Row], name: str):
                 f"{depths} weights."
             )
     noise = [row.get(("noise", 0), 0.0) for row in rows]
-    if any(lag for row in rows for what, lag in row if what == "noise") or any(np.any(sigma < 0) for sigma in noise):
+    # a square root of a covariance may have negative entries
+    negative = any(np.ndim(sigma) == 0 and sigma < 0 for sigma in noise)
+    if any(lag for row in rows for what, lag in row if what == "noise") or negative:
         raise ValueError(f"`{name}` must have {steps} values of 'noise', none negative, got {noise}.")
 
 
 def _check_timesteps(timesteps: np.ndarray, path: Any, name: str, steps: int):
     low, high = path.timestep_min, path.timestep_max
     lengths = np.diff(timesteps)
-    in_order = np.all(lengths < 0) or np.all(lengths > 0)
+    # from data to noise the smallest timestep may stand for clean data, and for itself
+    in_order = np.all(lengths < 0) or (np.all(lengths[:1] >= 0) and np.all(lengths[1:] > 0))
     if len(timesteps) != steps or not in_order or timesteps.max() > high or timesteps.min() < low:
         raise ValueError(
             f"`{name}` must have {steps} strictly decreasing timesteps between {high:g} and {low:g} for {steps} "

@@ -6,63 +6,69 @@ import numpy as np
 import torch
 from scipy.stats import beta as beta_distribution
 
-from ..processes import VariancePreserving
+from ..processes import LinearDiffusion
 
 #: diffusers' own spacings of integer timesteps (Lin et al., 2023, Table 2)
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+#: diffusers' own grids in noise level
+SIGMA_GRIDS = ("karras", "exponential", "beta")
 #: grids that reach both ends of the process
-NOISE_LEVEL_GRIDS = ("uniform_lambda", "power_lambda", "karras", "beta")
+NOISE_LEVEL_GRIDS = ("uniform_lambda", "power_lambda", *SIGMA_GRIDS)
 TIME_GRIDS = ("linear", "quadratic", *NOISE_LEVEL_GRIDS)
 
 
-def time_grid(process: VariancePreserving, name: str, num_points: int) -> np.ndarray:
+def time_grid(process: LinearDiffusion, name: str, num_points: int, last: float | None = None) -> np.ndarray:
     """
-    `num_points` real timesteps, decreasing from `process.timestep_max` to `process.timestep_min`.
+    `num_points` real timesteps, decreasing from `process.timestep_max` to `last`.
 
     Args:
-        process ([`VariancePreserving`]): The diffusion.
-        name (`str`): What is spaced evenly:
+        process ([`LinearDiffusion`]): The diffusion.
+        name (`str`): What is spaced evenly; the noise level s is γ = σ/α, and σ on the path of flow matching:
             - `"linear"`: t (GENIE, linear striding);
             - `"quadratic"`: √t (GENIE, quadratic striding);
-            - `"uniform_lambda"`: λ = log(α/σ) (Lu et al., 2022), which diffusers also calls exponential sigmas;
+            - `"uniform_lambda"`: λ = log(α/σ) (Lu et al., 2022);
             - `"power_lambda"`: (λ − λ_T)^{2/3}, short steps near the noise, where multistep solvers know little yet;
-            - `"karras"`: γ^{1/7}, γ = σ/α (Karras et al., 2022, Eq. 5);
-            - `"beta"`: γ at the quantiles of Beta(0.6, 0.6) between its ends (Lee et al., 2024).
+            - `"karras"`: s^{1/7} (Karras et al., 2022, Eq. 5);
+            - `"exponential"`: log s, the same as `"uniform_lambda"` where s is γ;
+            - `"beta"`: s at the quantiles of Beta(0.6, 0.6) between its ends (Lee et al., 2024).
         num_points (`int`): At least 1; a single point is the noisiest one.
+        last (`float`, *optional*): The last timestep. Default: `process.timestep_min`.
 
     Raises:
         ValueError: For an unknown name.
     """
     ramp = np.linspace(0.0, 1.0, num_points)
-    first, last = process.timestep_max, process.timestep_min
+    first, last = process.timestep_max, process.timestep_min if last is None else last
+    most, least = process.noise_level(first), process.noise_level(last)
     if name == "linear":
-        return first + ramp * (last - first)
-    if name == "quadratic":
-        return (np.sqrt(first) + ramp * (np.sqrt(last) - np.sqrt(first))) ** 2
-    gamma_max, gamma_min = process.gamma(first), process.gamma(last)
-    if name in ("uniform_lambda", "power_lambda"):
-        if name == "power_lambda":
-            ramp = ramp**1.5
-        log_gamma = np.log(gamma_max) + ramp * (np.log(gamma_min) - np.log(gamma_max))
+        timesteps = first + ramp * (last - first)
+    elif name == "quadratic":
+        timesteps = (np.sqrt(first) + ramp * (np.sqrt(last) - np.sqrt(first))) ** 2
+    elif name in ("uniform_lambda", "power_lambda"):
+        ramp = ramp**1.5 if name == "power_lambda" else ramp
+        lambda_first, lambda_last = process.log_snr(first), process.log_snr(last)
+        timesteps = process.timestep(lambda_first + ramp * (lambda_last - lambda_first))
     elif name == "karras":
         rho = 7.0
-        log_gamma = rho * np.log(gamma_max ** (1 / rho) + ramp * (gamma_min ** (1 / rho) - gamma_max ** (1 / rho)))
+        root_most, root_least = most ** (1 / rho), least ** (1 / rho)
+        timesteps = process.at_noise_level((root_most + ramp * (root_least - root_most)) ** rho)
+    elif name == "exponential":
+        timesteps = process.at_noise_level(np.exp(np.log(most) + ramp * (np.log(least) - np.log(most))))
     elif name == "beta":
-        log_gamma = np.log(gamma_min + beta_distribution.ppf(1.0 - ramp, 0.6, 0.6) * (gamma_max - gamma_min))
+        timesteps = process.at_noise_level(least + beta_distribution.ppf(1.0 - ramp, 0.6, 0.6) * (most - least))
     else:
         raise ValueError(f"`time_grid` must be one of {', '.join(TIME_GRIDS + TIMESTEP_SPACINGS)}, got {name!r}.")
-    timesteps = process.timestep(-log_gamma)
-    # The ends are known exactly; the inversion is only accurate to rounding.
+    # The ends are known exactly; powers and inversions are only accurate to rounding.
     timesteps[0], timesteps[num_points - 1 :] = first, last if num_points > 1 else first
     return timesteps
 
 
-def spaced_timesteps(process: VariancePreserving, spacing: str, num_points: int, steps_offset: int = 0) -> np.ndarray:
+def spaced_timesteps(process: LinearDiffusion, spacing: str, num_points: int, steps_offset: int = 0) -> np.ndarray:
     """
     `num_points` decreasing timesteps in one of diffusers' spacings, as its multistep solvers define them.
 
     Args:
-        process ([`VariancePreserving`]): The diffusion.
+        process ([`LinearDiffusion`]): The diffusion.
         spacing (`str`): `"linspace"`, `"leading"` or `"trailing"`.
         num_points (`int`): At least 1.
         steps_offset (`int`): Added to `"leading"` timesteps.

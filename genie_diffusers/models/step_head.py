@@ -29,7 +29,8 @@ class StepHead(UNetHead):
     alone miss. Its last layer starts at zero.
 
     [`GenieScheduler.attach`] takes the table of the requested number of model calls from here, timesteps included; a
-    number that has none, and a run that starts mid-way, is sampled by the scheduler's own method.
+    number that has none, and a run that starts mid-way where rows weigh what lies before, is sampled by the
+    scheduler's own method.
 
     Args:
         in_channels (`int`): Channels of the sample.
@@ -38,8 +39,8 @@ class StepHead(UNetHead):
         width (`int`, defaults to 32): Channels inside the head; twice as many at half resolution.
         norm_num_groups (`int`, defaults to 8): Groups of its normalisations.
         tables (`dict`, *optional*):
-            For each number of model calls, as a string: `"timesteps"`, a decreasing list; `"weights"`, a list for each
-            step of the weights of x_n, ε_n, ε_{n−1}, …; and `"residuals"`, r_n of each step (0: the network is not
+            For each number of model calls, as a string, [`Table.to_dict`] of its sampler, whose rows weigh
+            `"sample"`, x_n; `"prediction"`, ε_n, ε_{n−1}, …; and `"residual"`, by r_n (absent: the network is not
             called). The run ends at clean data.
         process (`dict`, *optional*): Noise schedule it was distilled for, as scheduler configuration keys.
         prediction_type (`str`, defaults to `"epsilon"`): What its denoiser predicts.

@@ -123,6 +123,14 @@ class LinearDiffusion:
         """λ_t = log(α_t/σ_t), half the log signal-to-noise ratio of the pictures."""
         return np.log(self.alpha(timesteps) / self.sigma(timesteps))
 
+    def noise_level(self, timesteps) -> np.ndarray:
+        """What grids in noise level are even in, by some power or distribution: γ_t, or σ_t of flow matching."""
+        return self.gamma(timesteps)
+
+    def at_noise_level(self, noise_level) -> np.ndarray:
+        """The timestep of a `noise_level`."""
+        return self.timestep(-np.log(noise_level))
+
     def timestep(self, log_snr) -> np.ndarray:
         """The inverse t(λ) of `log_snr`, between `timestep_min` and `timestep_max`, by bisection."""
         log_snr = np.asarray(log_snr, dtype=np.float64)

@@ -48,6 +48,17 @@ class RectifiedFlow(LinearDiffusion):
         """The inverse t(λ) = N/(1 + e^λ) of `log_snr`."""
         return self._time_scale / (1.0 + np.exp(np.asarray(log_snr, dtype=np.float64)))
 
+    def noise_level(self, timesteps) -> np.ndarray:
+        """σ_t, in which diffusers' own flow-matching schedulers space their grids."""
+        return self._share(timesteps)
+
+    def at_noise_level(self, noise_level) -> np.ndarray:
+        return np.asarray(noise_level, dtype=np.float64) * self._time_scale
+
+    def alpha_at(self, gammas) -> np.ndarray:
+        """α where σ/α = γ."""
+        return 1.0 / (1.0 + np.asarray(gammas, dtype=np.float64))
+
     def shifted(self, timesteps, shift: float) -> np.ndarray:
         """Timesteps moved towards noise: σ → s σ/(1 + (s − 1) σ), that is λ → λ − log s (Esser et al., Eq. 23)."""
         sigma = self._share(timesteps)

@@ -157,6 +157,10 @@ class VariancePreserving(LinearDiffusion):
             return np.sqrt((1.0 - alpha) * (1.0 + alpha))
         return np.sqrt(-np.expm1(-self._integral_beta(np.asarray(timesteps, dtype=np.float64) / self._time_scale)))
 
+    def alpha_at(self, gammas) -> np.ndarray:
+        """α where σ/α = γ."""
+        return 1.0 / np.sqrt(1.0 + np.asarray(gammas, dtype=np.float64) ** 2)
+
     def gamma(self, timesteps) -> np.ndarray:
         """γ_t = σ_t/α_t, the noise level that diffusers calls `sigma` in its Karras-type schedulers."""
         return self.sigma(timesteps) / self.alpha(timesteps)

@@ -33,7 +33,9 @@ class SharedConfiguration:
             _, *declared = inspect.signature(declaration).parameters.values()
             parameters |= {parameter.name: parameter for parameter in declared if parameter.kind not in VARIADIC}
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        signature = inspect.Signature([first, *parameters.values()])
+        # by name: their order is nobody's but ours
+        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
+        signature = inspect.Signature([first, *named])
 
         @functools.wraps(own)
         def init(self, *args, **kwargs):

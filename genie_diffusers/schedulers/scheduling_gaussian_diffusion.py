@@ -11,6 +11,7 @@ from ..core.parametrisation import PREDICTION_TYPES, Parametrisation
 from ..core.table import Levels
 from ..core.time_grids import (
     NOISE_LEVEL_GRIDS,
+    SIGMA_GRIDS,
     TIME_GRIDS,
     TIMESTEP_SPACINGS,
     distinct_integers,
@@ -24,9 +25,9 @@ from .scheduling_utils import TableScheduler
 OTHER_DIFFUSIONS = ("sigma_max", "sigma_data", "snr", "beta_max", "scaler", "shift", "trained_betas")
 
 #: diffusers' flags for grids in noise level, and our names of them
-SIGMA_GRIDS = {
+SIGMA_FLAGS = {
     "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "uniform_lambda",
+    "use_exponential_sigmas": "exponential",
     "use_lu_lambdas": "uniform_lambda",
     "use_beta_sigmas": "beta",
 }
@@ -65,7 +66,8 @@ class GaussianDiffusionScheduler(TableScheduler):
         timestep_spacing (`str`, defaults to `"linspace"`), steps_offset (`int`, defaults to 0):
             diffusers' spacing of timesteps, as its multistep solvers define it, and the offset of `"leading"`.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas (`bool`, default to `False`):
-            diffusers' grids in noise level; they take precedence over `timestep_spacing`.
+            diffusers' grids in noise level, γ = σ/α, or the shifted σ of flow matching; they take precedence over
+            `timestep_spacing`.
         use_flow_sigmas (`bool`, *optional*):
             Whether the path is that of flow matching ([`RectifiedFlow`]), where of the noise schedule only
             `num_train_timesteps` counts. By default it is if the model predicts flows.
@@ -121,17 +123,28 @@ class GaussianDiffusionScheduler(TableScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        if "shift" in config_dict and "beta_schedule" not in config_dict:  # that of a flow-matching scheduler
+        flow_matching = "shift" in config_dict and "beta_schedule" not in config_dict
+        if (flow_matching or "use_flow_sigmas" in config_dict) and {"shift", "flow_shift"} & set(kwargs):
+            # One number under the names of both libraries, so that the way back finds it too.
+            kwargs["flow_shift"] = kwargs.pop("shift", kwargs.get("flow_shift"))
+            if "shift" in config_dict:
+                config_dict = {**config_dict, "shift": kwargs["flow_shift"]}
+        if flow_matching:
             unknown = [
                 key for key in ("invert_sigmas", "shift_terminal", "stochastic_sampling") if config_dict.get(key)
             ]
             if unknown:
                 raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
-            shift = kwargs.pop("shift", config_dict["shift"])
-            own = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            flow = {"use_flow_sigmas": True, "flow_shift": config_dict["shift"]}
+            own = {"prediction_type": "flow_prediction", **flow}
             config_dict = {"beta_schedule": "linear", **own, **config_dict}
         _check_diffusion(config_dict)
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def _check_config(self):
+        super()._check_config()
+        if self._flows and not self.config["flow_shift"] > 0:
+            raise ValueError(f"`flow_shift` must be positive, got {self.config['flow_shift']}.")
 
     # --- the path and the prediction -------------------------------------------------------------------------------
 
@@ -204,14 +217,16 @@ class GaussianDiffusionScheduler(TableScheduler):
         self._check_count(num_inference_steps, process.num_train_timesteps - free, limit)
         visited, end_is_noisy = num_inference_steps + free, config["final_sigmas_type"] == "sigma_min"
         name = config["time_grid"] or next(
-            (name for flag, name in SIGMA_GRIDS.items() if config[flag]), config["timestep_spacing"]
+            (name for flag, name in SIGMA_FLAGS.items() if config[flag]), config["timestep_spacing"]
         )
         if name in TIMESTEP_SPACINGS:
             points = spaced_timesteps(process, name, visited, config["steps_offset"])
         else:
             # diffusers' own grids spend the last call at the smallest timestep
             ends_before = end_is_noisy or (config["time_grid"] is not None and not config["denoising_step"])
-            points = time_grid(process, name, visited + int(ends_before))[:visited]
+            # those of diffusers end at the smallest noise level once it is shifted
+            last = process.shifted(process.timestep_min, self._shift) if self._flows and name in SIGMA_GRIDS else None
+            points = time_grid(process, name, visited + int(ends_before), last)[:visited]
         if self._flows and name not in NOISE_LEVEL_GRIDS:
             points = process.shifted(points, self._shift)
         points = np.append(points, process.timestep_min) if end_is_noisy else points

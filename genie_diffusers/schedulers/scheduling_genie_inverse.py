@@ -7,7 +7,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 
 from ..core.solvers.hermite_inverse import hermite_inverse, hermite_inverse_correction
 from ..core.solvers.taylor import taylor
-from ..core.table import Levels, Row, Table
+from ..core.table import Levels, Row, Table, entries
 from .scheduling_genie import GenieScheduler
 
 
@@ -78,7 +78,7 @@ class GenieInverseScheduler(GenieScheduler):
         return Levels(visited, levels.alphas[::-1], levels.sigmas[::-1], levels.path)
 
     def _build(self, begin: int):
-        entry = (self.config.get("tables") or {}).get(str(len(self.levels)))
+        entry = entries(self.config.get("tables")).get(str(len(self.levels)))
         self._learned = None
         if entry is not None and begin == 0 and self._slope_source is None:
             self._learned = self._checked(Table.from_dict(entry, self.process, len(self.levels)))

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..core.engine import SOURCED
 from ..core.parametrisation import PREDICTION_TYPES
 from ..core.solvers.ddim import ddim
-from ..core.table import Levels, Table, build
+from ..core.table import Levels, Table, build, entries
 from .scheduling_gaussian_diffusion import GaussianDiffusionScheduler
 
 
@@ -45,7 +45,10 @@ class GGDMScheduler(GaussianDiffusionScheduler):
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: GaussianDiffusionScheduler, num_inference_steps: int | Sequence[int]
+        cls,
+        scheduler: GaussianDiffusionScheduler,
+        num_inference_steps: int | Sequence[int],
+        mu: float | None = None,
     ) -> "GGDMScheduler":
         """
         The sampler that `scheduler` is, correctors included, as tables.
@@ -56,6 +59,8 @@ class GGDMScheduler(GaussianDiffusionScheduler):
                 well.
             num_inference_steps (`int` or `Sequence[int]`):
                 The numbers of model calls to make tables for.
+            mu (`float`, *optional*):
+                As in `set_timesteps`, for schedulers with `use_dynamic_shifting`.
 
         Raises:
             ValueError:
@@ -69,7 +74,7 @@ class GGDMScheduler(GaussianDiffusionScheduler):
             )
         origin, tables = copy.copy(scheduler), {}
         for steps in np.atleast_1d(num_inference_steps).tolist():
-            origin.set_timesteps(steps)
+            origin.set_timesteps(steps, mu=mu)
             if origin.sigmas[-1] > 0 or origin.init_noise_sigma != 1:
                 raise ValueError(
                     "`scheduler` must go from pure noise to clean data with model calls alone, got "
@@ -81,7 +86,11 @@ class GGDMScheduler(GaussianDiffusionScheduler):
 
     @classmethod
     def from_ddim(
-        cls, scheduler: SchedulerMixin, num_inference_steps: int | Sequence[int], eta: float = 0.0
+        cls,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int | Sequence[int],
+        eta: float = 0.0,
+        mu: float | None = None,
     ) -> "GGDMScheduler":
         """
         DDIM (Song et al., 2021) at the timesteps of another scheduler.
@@ -94,6 +103,8 @@ class GGDMScheduler(GaussianDiffusionScheduler):
                 The numbers of model calls to make tables for.
             eta (`float`, defaults to 0.0):
                 η in [0, 1]: 0 is deterministic, 1 is DDPM with the posterior's variance.
+            mu (`float`, *optional*):
+                As in `set_timesteps`, for schedulers with `use_dynamic_shifting`.
 
         Raises:
             ValueError: If `eta` is outside [0, 1].
@@ -108,7 +119,7 @@ class GGDMScheduler(GaussianDiffusionScheduler):
         tables, process = {}, cls.from_config(scheduler.config).process
         for steps in np.atleast_1d(num_inference_steps).tolist():
             visited = copy.copy(scheduler)
-            visited.set_timesteps(steps)
+            visited.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
             timesteps = np.array(visited.timesteps.tolist(), dtype=np.float64)
             alphas, sigmas = np.append(process.alpha(timesteps), 1.0), np.append(process.sigma(timesteps), 0.0)
             levels = Levels(timesteps, alphas, sigmas, process)
@@ -133,7 +144,7 @@ class GGDMScheduler(GaussianDiffusionScheduler):
     set_timesteps.__doc__ = GaussianDiffusionScheduler.set_timesteps.__doc__
 
     def learned_table(self, num_inference_steps: int) -> Table:
-        tables = {int(steps): entry for steps, entry in (self.config["tables"] or {}).items()}
+        tables = {int(steps): entry for steps, entry in entries(self.config["tables"]).items()}
         if num_inference_steps not in tables:
             learned = ", ".join(map(str, sorted(tables))) or "none: the configuration has no `tables`"
             raise ValueError(

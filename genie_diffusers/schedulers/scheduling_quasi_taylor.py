@@ -44,7 +44,7 @@ class QuasiTaylorScheduler(GaussianDiffusionScheduler):
     Attributes:
         departures (`np.ndarray` of shape `(num_inference_steps,)`):
             For each step, the relative error of the polynomial against its limit, see
-            [`~schedulers.ideal_derivatives.departure`]; 0 for the step to clean data. Above 1 the limit is taken.
+            [`~core.solvers.quasi_taylor.departure`]; 0 for the step to clean data. Above 1 the limit is taken.
     """
 
     choices = {"method": METHODS, "taylor_order": TAYLOR_ORDERS}

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.engine import SOURCED, Plan
-from ..core.table import Levels, Row, Table, build, encodes
+from ..core.table import Levels, Row, Table, build, encodes, entries
 from ..core.time_grids import custom_timesteps, time_grid
 from ..processes import LinearDiffusion
 from .attachment import TakesSource
@@ -112,7 +112,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMix
         if config_dict.get("tables"):
             own = {
                 steps: entry
-                for steps, entry in config_dict["tables"].items()
+                for steps, entry in entries(config_dict["tables"]).items()
                 if cls._inherits_tables_of(config_dict) and encodes(entry) == cls.encodes
             }
             config_dict["tables"] = own or None
@@ -166,6 +166,8 @@ class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMix
         return self._process
 
     def _process_class(self) -> type[LinearDiffusion]:
+        if getattr(type(self), "process_class", None) is None:
+            raise NotImplementedError(f"`{type(self).__name__}` must define `process_class`.")
         return self.process_class
 
     def set_timesteps(
@@ -215,7 +217,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMix
         term = self._term
         of_source = getattr(self._slope_source, "tables", None) if self.inherits_tables else None
         for tables in (of_source, self.config.get("tables")):
-            entry = (tables or {}).get(str(num_inference_steps))
+            entry = entries(tables).get(str(num_inference_steps))
             if entry is None:
                 continue
             table = Table.from_dict(entry, self.process, num_inference_steps)

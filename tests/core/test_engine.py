@@ -8,6 +8,8 @@ import torch
 
 from genie_diffusers import (
     ERSDEScheduler,
+    GDDIMBlurringScheduler,
+    GDDIMCLDScheduler,
     GDDIMScheduler,
     GenieInverseScheduler,
     GenieScheduler,
@@ -60,6 +62,20 @@ def test_a_run_of_the_table_is_a_run_of_the_scheduler(name, as_json, noise):
         noise=lambda index, sample: torch.randn(sample.shape, generator=generator, dtype=sample.dtype),
     )
     torch.testing.assert_close(found, drawn(scheduler, noise(4, 3)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shape"),
+    [(GDDIMCLDScheduler(), (2, 2, 3, 3)), (GDDIMBlurringScheduler(sample_size=4), (2, 1, 4, 4))],
+    ids=["CLD", "blurring"],
+)
+def test_matrices_are_weighed_as_their_path_combines_them(scheduler, shape):
+    state = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scheduler.set_timesteps(5)
+    found = run(scheduler.table, model, state, scheduler._conversion(), combine=scheduler.process.combine)
+    torch.testing.assert_close(found, drawn(scheduler, state), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="`combine` must be that of the path"):
+        run(scheduler.table, model, state, scheduler._conversion())
 
 
 def test_a_step_is_pure(noise):

@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from genie_diffusers import GDDIMScheduler, GenieScheduler, GGDMScheduler, Levels, QuasiTaylorScheduler, Table
+from genie_diffusers import (
+    GDDIMCLDScheduler,
+    GDDIMScheduler,
+    GenieInverseScheduler,
+    GenieScheduler,
+    GGDMScheduler,
+    Levels,
+    QuasiTaylorScheduler,
+    Table,
+)
 from genie_diffusers.core import build
 from genie_diffusers.core.solvers.ddim import ddim
 
@@ -87,7 +96,12 @@ def test_levels_are_those_of_the_path_where_none_are_stated():
         ({"timesteps": [1400, 400]}, "between 999 and 0"),
         ({"timesteps": [float("nan"), 400]}, "finite numbers for 'timesteps'"),
         ({"timesteps": "ab"}, "finite numbers for 'timesteps'"),
-        ({"rows": [{"sample": [1.0]}]}, "a row for each of its 2 timesteps, got 1"),
+        ({"rows": [{"sample": [1.0]}]}, "a row for each of its 2 timesteps.*got 1 and 0"),
+        ({"corrections": [{}]}, "as many corrections or none, got 2 and 1"),
+        ({"rows": [{"sample": 1.0}, {}]}, "a list of weights for 'sample', got 1.0"),
+        ({"model_levels": [[0.1, 0.9]]}, "two lists in 'model_levels'"),
+        ({"model_levels": [[0.1], [0.9]]}, "2 values of α and of σ in 'model_levels'"),
+        ({"corection": [{}, {}]}, r"must have keys of alphas, .*got \['corection'\]"),
         ({"rows": [{"sample": [1.0, 0.5]}, {}]}, r"'sample' in each of 2 steps, at most back to the first.*\[2, 0\]"),
         ({"rows": [{"sample": [float("inf")]}, {}]}, "'sample' by finite numbers"),
         ({"rows": [{"sample": ["x"]}, {}]}, "'sample' by finite numbers"),
@@ -123,6 +137,32 @@ def test_a_table_of_another_noise_schedule_is_refused():
         Table.from_dict(entry, GenieScheduler(beta_schedule="scaled_linear").process, 6)
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({("sample", 0): 1.0, ("predicton", 0): -5.0}, r"a term of sample, prediction, .* got \('predicton', 0\)"),
+        ({("prediction", 1): 1.0}, r"at most 0 steps ago.* got \('prediction', 1\)"),
+        ({("noise", 1): 1.0}, r"noise of now alone, got \('noise', 1\)"),
+        ({"sample": 1.0}, r"must weigh \(term, how many steps ago\)"),
+        ({("sample", 0): float("nan")}, "by a finite number, got nan"),
+        (None, "must have a dictionary of weights .* got None"),
+    ],
+)
+def test_rows_that_weigh_what_there_is_not_are_refused(weights, message):
+    levels = Levels(np.array([900.0, 400.0]), np.array([0.1, 0.6, 1.0]), np.array([0.99, 0.8, 0.0]))
+    with pytest.raises(ValueError, match="Step 0 " + message if message.startswith("must") else message):
+        build(levels, lambda levels, index, known: weights)
+    with pytest.raises(ValueError, match=message):
+        build(levels, lambda *_: {("sample", 0): 1.0}, lambda *_: weights)
+
+
+def test_marginals_are_those_of_numbers_and_of_runs_from_noise():
+    for scheduler in (GDDIMCLDScheduler(), GenieInverseScheduler(time_grid="uniform_lambda")):
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="weights are numbers and that start with noise"):
+            scheduler.table.marginals()
+
+
 # --- what earlier versions wrote -------------------------------------------------------------------------------------
 
 
@@ -152,3 +192,15 @@ def test_rows_of_encoders_are_read():
     np.testing.assert_allclose(np.divide(table.sigmas, table.alphas), gammas)
     assert table[1] == {("sample", 0): 0.9, ("prediction", 0): 0.2, ("prediction", 1): 0.3}
     assert table.learned_for == {"method": "hermite"}
+
+
+def test_rows_of_encoders_of_flows_are_read():
+    encoder = GenieInverseScheduler(
+        method="taylor", final_sigmas_type="sigma_min", prediction_type="flow_prediction", time_grid="uniform_lambda"
+    )
+    encoder.set_timesteps(5)
+    table, gammas = encoder.table, encoder.levels.gammas
+    weights = [[row[key] for key in (("sample", 0), ("prediction", 0))] for row in table.rows]
+    read = Table.from_dict({"sigmas": gammas.tolist(), "weights": weights, "options": {}}, encoder.process, 5)
+    np.testing.assert_allclose(read.alphas, table.alphas, rtol=1e-12)
+    np.testing.assert_allclose(read.sigmas, table.sigmas, rtol=1e-12)

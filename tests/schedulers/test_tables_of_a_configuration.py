@@ -8,6 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import (
+    GDDIMCLDScheduler,
     GDDIMScheduler,
     GenieInverseScheduler,
     GenieScheduler,
@@ -31,6 +32,36 @@ def draw(scheduler, steps, sample, begin=0):
     for timestep in scheduler.timesteps[begin:]:
         sample = scheduler.step(model(sample, timestep), timestep, sample).prev_sample
     return sample
+
+
+def test_numbers_of_calls_may_be_integers(noise):
+    found = draw(GenieScheduler(tables={3: TABLES["3"]}), 3, noise(4, 3))
+    torch.testing.assert_close(found, draw(GenieScheduler(tables=TABLES), 3, noise(4, 3)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tables", [[TABLES["3"]], {"ten": TABLES["3"]}])
+def test_tables_are_by_numbers_of_calls(tables):
+    with pytest.raises(ValueError, match="`tables` must be a dictionary from numbers of model calls"):
+        GenieScheduler(tables=tables).set_timesteps(3)
+    with pytest.raises(ValueError, match="`tables` must be a dictionary from numbers of model calls"):
+        GenieScheduler.from_config(GenieScheduler().config, tables=tables).set_timesteps(3)
+
+
+@pytest.mark.parametrize("change", [{"alphas": [1.0]}, {"alphas": [], "sigmas": []}, {"alphas": "ab", "sigmas": "cd"}])
+def test_malformed_entries_reach_the_check_that_says_so(change):
+    config = GenieScheduler(tables={"3": {**TABLES["3"], "sigmas": [0.1] * 4, **change}}).config
+    with pytest.raises(ValueError, match="`tables` must have"):
+        GenieScheduler.from_config(config).set_timesteps(3)
+
+
+@pytest.mark.parametrize("options", [{}, {"multistep_order": 1, "eta": 1.0, "time_grid": "linear"}])
+def test_tables_of_matrices_are_read(options, noise):
+    scheduler = GDDIMCLDScheduler(**options)
+    scheduler.set_timesteps(5)
+    reader = GDDIMCLDScheduler(**options, tables={"5": scheduler.table.fold().to_dict()})
+    reader.set_timesteps(5)
+    assert reader.learned_table(5) is not None
+    assert reader.table == scheduler.table.fold()
 
 
 @pytest.mark.parametrize(
