@@ -459,7 +459,8 @@ def _check_timesteps(timesteps: np.ndarray, path: Any, name: str, steps: int):
     low, high = path.timestep_min, path.timestep_max
     lengths = np.diff(timesteps)
     # from data to noise the smallest timestep may stand for clean data, and for itself
-    in_order = np.all(lengths < 0) or (np.all(lengths[:1] >= 0) and np.all(lengths[1:] > 0))
+    twice = len(timesteps) > 1 and timesteps[0] == timesteps[1] == low
+    in_order = np.all(lengths < 0) or np.all(lengths[int(twice) :] > 0)
     if len(timesteps) != steps or not in_order or timesteps.max() > high or timesteps.min() < low:
         raise ValueError(
             f"`{name}` must have {steps} strictly decreasing timesteps between {high:g} and {low:g} for {steps} "

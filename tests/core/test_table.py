@@ -93,6 +93,7 @@ def test_levels_are_those_of_the_path_where_none_are_stated():
         ({"timesteps": [900]}, r"2 strictly decreasing timesteps between 999 and 0 for 2 model calls, got \[900\]"),
         ({"timesteps": [400, 900.5]}, None),  # from data to noise: an encoder
         ({"timesteps": [400, 400]}, "2 strictly decreasing timesteps"),
+        ({"timesteps": [0, 0]}, None),  # an encoder's first one stands for clean data too
         ({"timesteps": [1400, 400]}, "between 999 and 0"),
         ({"timesteps": [float("nan"), 400]}, "finite numbers for 'timesteps'"),
         ({"timesteps": "ab"}, "finite numbers for 'timesteps'"),
