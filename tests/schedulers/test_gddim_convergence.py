@@ -118,3 +118,23 @@ def test_few_steps_of_a_trained_model_are_worth_correcting():
     exact = drawn(100, multistep_order=3)
     plain, corrected = ((drawn(10, multistep_order=1, corrector=c) - exact).norm() for c in (False, True))
     assert corrected < 0.45 * plain
+
+
+def test_the_corrector_on_a_flow_in_few_calls_needs_polynomials_in_the_timestep(noise):
+    """docs/gddim.md: with four calls on N(0, 1/4) polynomials in log SNR overshoot, those in the timestep do not."""
+    start = noise(10, 100)
+
+    def error(**options):
+        scheduler = GDDIMScheduler(prediction_type="flow_prediction", multistep_order=2, **options)
+        scheduler.set_timesteps(4)
+        sample = start
+        for timestep in scheduler.timesteps:
+            alpha, sigma = (float(of(float(timestep))) for of in (scheduler.process.alpha, scheduler.process.sigma))
+            data = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * sample
+            sample = scheduler.step((sample - alpha * data) / sigma - data, timestep, sample).prev_sample
+        alpha, sigma = scheduler.alphas[0], scheduler.noise_stds[0]
+        exact = start * 0.5 / (alpha**2 * 0.25 + sigma**2) ** 0.5
+        return float((sample - exact).norm() / exact.norm())
+
+    without, on_timesteps = error(), error(corrector=True, interpolation="timestep")
+    assert on_timesteps < 0.1 < without < 0.4 < error(corrector=True)
