@@ -6,6 +6,7 @@ are loaded by their own `from_pretrained`.
 
 from typing import TYPE_CHECKING
 
+from .calibration import calibrate
 from .core import Levels, Table
 from .models import (
     DerivativeHead,
@@ -73,6 +74,7 @@ __all__ = [
     "Table",
     "TableScheduler",
     "VariancePreserving",
+    "calibrate",
 ]
 
 

@@ -198,7 +198,42 @@ class GaussianDiffusionScheduler(TableScheduler):
         self._shift = self.config["flow_shift"]
         if dynamic and mu is not None:
             self._shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
+        if sigmas is not None and self.is_default_ramp(sigmas) and self._chooses(len(sigmas)):
+            num_inference_steps, sigmas = len(sigmas), None
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+        if self._learned is not None and self._learned.learned_for is not None:
+            self._compare(self._learned.learned_for, mu)
+
+    def _compare(self, learned_for: Mapping, mu: float | None):
+        """Say once where a run differs from what its table was learned for; it is followed all the same."""
+        count = len(self.timesteps)
+        if "mu" in learned_for and mu is not None and abs(learned_for["mu"] - mu) > 1e-3:
+            self._say(
+                f"`tables` of {count} model calls were learned at `mu={learned_for['mu']:g}`, and this run has "
+                f"`mu={mu:g}`: they are followed at the noise levels that they were learned at. Calibrate at this "
+                "resolution too, if it is one that you use."
+            )
+        for key in ("clip_sample", "thresholding"):
+            if learned_for.get(key) is False and self.config[key]:
+                self._say(
+                    f"`tables` of {count} model calls were learned with `{key}=False` and are less accurate with "
+                    f"`{key}=True`: pass `{key}=False` to `from_config`."
+                )
+
+    def is_default_ramp(self, sigmas: Sequence[float]) -> bool:
+        """
+        Whether `sigmas` are those that pipelines of flow-matching models pass for "n calls": `linspace(1, 1/n, n)`.
+        """
+        points = torch.as_tensor(sigmas, device="cpu", dtype=torch.float64).numpy()
+        if not self._flows or points.ndim != 1 or len(points) == 0:
+            return False
+        # some of them pass through float32
+        return bool(np.abs(points - np.linspace(1.0, 1.0 / len(points), len(points))).max() < 1e-6)
+
+    def _chooses(self, num_inference_steps: int) -> bool:
+        """Whether the configuration has a say in where so many calls are made."""
+        asks = self.config["time_grid"] is not None or any(self.config[flag] for flag in SIGMA_FLAGS)
+        return asks or self.learned_table(num_inference_steps) is not None
 
     def _visited(self, num_inference_steps, timesteps, sigmas) -> Levels:
         levels = super()._visited(num_inference_steps, timesteps, sigmas)
@@ -233,7 +268,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
         # A noisy end after all timesteps there are is no step.
-        return np.maximum(points, process.timestep_min)
+        return np.clip(points, process.timestep_min, process.timestep_max)
 
     def _custom_points(self, timesteps, sigmas) -> np.ndarray:
         if self._flows and sigmas is not None:

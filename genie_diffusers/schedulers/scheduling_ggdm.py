@@ -134,6 +134,8 @@ class GGDMScheduler(GaussianDiffusionScheduler):
         return learned
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        if sigmas is not None and self.is_default_ramp(sigmas):
+            num_inference_steps, sigmas = len(sigmas), None
         if timesteps is not None or sigmas is not None:
             raise ValueError(
                 "`num_inference_steps` is all that a learned sampler can be asked for: its timesteps are learned, got "

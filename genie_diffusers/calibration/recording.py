@@ -1,0 +1,322 @@
+"""A pipeline's own call, watched: schedulers that say where the model is called, and see what it answers."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # noqa: F401
+
+from ..core.table import Levels
+from ..core.time_grids import distinct_integers
+from ..schedulers.scheduling_genie import GenieScheduler
+from .fitting import columns_of, prediction_term
+
+#: inputs of a call by which it draws several pictures for one prompt
+REPEATS = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+#: inputs of a call that take one number for all pictures; several of them make groups of paths
+SCALES = ("guidance_scale", "true_cfg_scale")
+
+
+class Seen(Exception):
+    """A call of the pipeline has shown what it was made for; the rest of it is not needed."""
+
+
+class Probe(GenieScheduler):
+    """
+    The scheduler of one call of a pipeline: calls the model at given timesteps, and hands on what it sees.
+
+    Its attributes are set once it is made: `asked`, the number of steps that the pipeline is asked for;
+    `points(probe)`, which chooses that many timesteps, or fewer, when the pipeline sets them; and
+    `visit(index, sample, output)`, which returns the next sample, or `None` for that of the solver; and
+    `after(index, following)`, if it wants to know what that was.
+    """
+
+    asked: int
+    points: Callable[["Probe"], np.ndarray]
+    visit: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+    after: Callable[[int, torch.Tensor], None] | None = None
+    mu: float | None = None
+    visited = 0
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
+        if self.visited:
+            raise ValueError(
+                "`pipe` sets the timesteps of its scheduler twice in a call. What it samples in two loops cannot be "
+                "calibrated as one."
+            )
+        if timesteps is not None or (sigmas is not None and not self.is_default_ramp(sigmas)):
+            given = f"timesteps={timesteps}" if timesteps is not None else f"sigmas={sigmas}"
+            raise ValueError(
+                f"`pipe` chooses where its model is called and passes `{given}`. Calibration has to choose that: the "
+                "pipeline must pass `num_inference_steps`, or σ from 1 to 1/n in even steps."
+            )
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        if steps != self.asked:
+            raise ValueError(f"`pipe` was asked for {self.asked} steps, and sets {steps}.")
+        self.mu = mu
+        super().set_timesteps(num_inference_steps, device, None, sigmas, mu)  # of which the shift is known
+        super().set_timesteps(timesteps=self.points(self).tolist(), device=device, mu=mu)
+
+    def set_begin_index(self, begin_index: int = 0):
+        if begin_index:
+            raise ValueError(
+                f"`pipe` starts at step {begin_index}, not with noise (`strength` below 1, or `denoising_start`): its "
+                "start differs from grid to grid. Calibrate a run from pure noise; runs that start mid-way use the "
+                "solver on the learned timesteps."
+            )
+        super().set_begin_index(begin_index)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **kwargs):
+        index = self._locate(timestep)
+        output = self._without_variance(model_output, sample)
+        self.visited = index + 1
+        following = self.visit(index, sample, output)
+        if following is None:
+            (following,) = super().step(model_output, timestep, sample, generator, return_dict=False, **kwargs)
+        self._step_index = index + 1
+        if self.after is not None:
+            self.after(index, following)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def __deepcopy__(self, memo):
+        raise ValueError(
+            "`pipe` copies its scheduler within a call, to sample several things side by side. Only pipelines with "
+            "one scheduler can be calibrated."
+        )
+
+
+class Columns:
+    """What the rows of a run weigh, call after call: the sample, and the predictions as [`prediction_term`] says."""
+
+    def __init__(self, levels: Levels, parametrisation: Any):
+        self.levels, self.parametrisation = levels, parametrisation
+        self.predictions: list[torch.Tensor] = []
+
+    def __call__(self, index: int, sample: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
+        self.predictions = [self.prediction(index, sample, output), *self.predictions][: len(columns_of(index)) - 1]
+        return [sample.float(), *self.predictions]
+
+    def prediction(self, index: int, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """x_0 or ε of a call, in at least float32."""
+        level = float(self.levels.alphas[index]), float(self.levels.sigmas[index])
+        term = prediction_term(*level)
+        to_term = self.parametrisation.to_data if term == "data" else self.parametrisation.to_noise
+        of_sample, of_output = to_term(*level)
+        return of_sample * sample.float() + of_output * output.float()
+
+
+class Coordinates:
+    """
+    A batch as one row of float32 numbers on the host for each path: all of a sample, or a fixed random part of it.
+
+    Args:
+        limit (`int`): The most numbers that are kept of a sample.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self.kept: torch.Tensor | None = None
+
+    def choose(self, size: int):
+        """Which of `size` numbers are kept: the same in every run and process."""
+        if self.size not in (0, size):
+            raise ValueError(f"`pipe` must step samples of one size, got {self.size} and {size} numbers for a path.")
+        if self.size == 0 and size > self.limit:
+            self.kept = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: self.limit].sort().values
+        self.size = size
+
+    def of(self, batch: torch.Tensor, paths: int) -> torch.Tensor:
+        if batch.shape[0] % paths and paths > 1:
+            raise ValueError(
+                f"`pipe` steps a sample of shape {tuple(batch.shape)} for {paths} paths, which its first dimension is "
+                "no multiple of. Pass `max_batch_size=1`."
+            )
+        rows = batch.detach().reshape(paths, -1)
+        self.choose(rows.shape[1])
+        if self.kept is not None:
+            rows = rows[:, self.kept.to(rows.device)]
+        return rows.to(device="cpu", dtype=torch.float32)
+
+
+def products_of(columns: Sequence[torch.Tensor]) -> np.ndarray:
+    """Of tensors of shape `(paths, numbers)` the products with each other, `(paths, columns, columns)`, in float64."""
+    stacked = torch.stack(list(columns), dim=1).double()
+    return (stacked @ stacked.mT).numpy()
+
+
+# --- the paths -------------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Some of the paths, and the inputs of the call that draws them."""
+
+    def __init__(self, numbers: Sequence[int], inputs: Mapping[str, Any], seed: int):
+        self.numbers, self.inputs, self.seed = list(numbers), dict(inputs), seed
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def generators(self) -> list[torch.Generator]:
+        """One for each path, on the host, so that noises are the same for every split and every device."""
+        return [torch.Generator().manual_seed(self.seed + number) for number in self.numbers]
+
+
+def split_inputs(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    num_paths: int | None,
+    seed: int,
+    max_batch_size: int | None,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[int, list[Batch]]:
+    """
+    The paths of a calibration, and those of one process in batches.
+
+    Args:
+        pipe ([`DiffusionPipeline`]): Whose call they are inputs of.
+        inputs (mapping): What is a list is one for each path, and so is a tensor of as many rows.
+        num_paths (`int`, *optional*): How many, where nothing in `inputs` says it. Default: 8.
+        seed (`int`): Of the first path; the next one has the next seed.
+        max_batch_size (`int`, *optional*): The most paths in a call.
+        share (`tuple[int, int]`): The number of the process, and of all processes.
+
+    Returns:
+        `tuple[int, list[Batch]]`: The number of paths of all processes, and the batches of this one.
+
+    Raises:
+        ValueError: If the inputs are not the call's, differ in length, or are fewer than processes.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    chosen_here = [name for name in ("num_inference_steps", "timesteps", "sigmas", "generator") if name in inputs]
+    if chosen_here:
+        raise ValueError(f"`{chosen_here[0]}` must be left out: calibration chooses it (`steps`, `seed`).")
+    partial = [name for name in ("strength", "denoising_end", "denoising_start") if inputs.get(name) not in (None, 1)]
+    if partial:
+        raise ValueError(
+            f"`{partial[0]}` must be left out, got {inputs[partial[0]]}: a table is of a run from pure noise to data. "
+            "Calibrate the whole run; parts of it use the learned timesteps."
+        )
+    unknown = [name for name in inputs if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is no input of a {type(pipe).__name__}, whose inputs are {', '.join(list(accepted)[1:])}."
+        )
+    values = dict(inputs)
+    scales = {name: list(values.pop(name)) for name in SCALES if isinstance(values.get(name), (list, tuple))}
+    lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            "Inputs that are lists must have one entry for each path, got "
+            + ", ".join(f"{length} of `{name}`" for name, length in lengths.items())
+            + ". What all paths share is passed as a tuple or as it is."
+        )
+    rows = [len(value) for name, value in values.items() if torch.is_tensor(value) and name != "image" and value.ndim]
+    given = next(iter(lengths.values()), None) or next(iter(rows), None)
+    if given is not None and num_paths not in (None, given):
+        name = next(iter(lengths), "inputs")
+        raise ValueError(f"`num_paths` must be that of `{name}`, {given}, got {num_paths}.")
+    count = given or num_paths or 8
+    rank, processes = share
+    if count < processes:
+        raise ValueError(f"There must be a path for each of {processes} processes, got {count}: give more inputs.")
+    # a text is one for each path: negative ones must be of the kind of the others
+    values = {
+        name: [value] * count if isinstance(value, str) and "prompt" in name else value
+        for name, value in values.items()
+    }
+    repeat = None
+    if given is None and not any(isinstance(value, list) for value in values.values()):
+        repeat = next((name for name in REPEATS if name in accepted), None)
+        max_batch_size = 1 if repeat is None else max_batch_size
+    own = np.array_split(np.arange(count), processes)[rank].tolist()
+    groups: dict[tuple, list[int]] = {}
+    for number in own:
+        scale = tuple(values_of[number % len(values_of)] for values_of in scales.values())
+        groups.setdefault(scale, []).append(number)
+    batches = []
+    for scale, numbers in groups.items():
+        size = max_batch_size or len(numbers)
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            call = {name: _of_paths(value, part, count) for name, value in values.items()}
+            call |= dict(zip(scales, scale, strict=True))
+            if repeat is not None:
+                call[repeat] = len(part)
+            batches.append(Batch(part, call, seed))
+    return count, batches
+
+
+def _of_paths(value: Any, numbers: list[int], count: int) -> Any:
+    if isinstance(value, list):
+        return [value[number] for number in numbers]
+    if torch.is_tensor(value) and value.ndim and len(value) == count:
+        return value[numbers]
+    return value
+
+
+@contextmanager
+def quiet(pipe: Any):
+    """The pipeline without its own progress bar, and afterwards with the scheduler and the bar that it had."""
+    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(**bar)
+
+
+def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
+    """Call the pipeline with a probe as its scheduler; whether the call came to its own end."""
+    pipe.scheduler = probe
+    probe.asked = steps
+    call = {"num_inference_steps": steps, "generator": batch.generators(), **batch.inputs}
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        call.setdefault("output_type", "latent")
+    try:
+        pipe(**call)
+    except Seen:
+        # what the end of the call would have done for offloaded models
+        getattr(pipe, "maybe_free_model_hooks", lambda: None)()
+        return False
+    if not probe.visited:
+        raise ValueError(f"A call of {type(pipe).__name__} did not step `pipe.scheduler`: it cannot be calibrated.")
+    return True
+
+
+# --- where a recording calls the model -------------------------------------------------------------------------------
+
+
+def position(process: Any, shift: float) -> Callable[[np.ndarray], np.ndarray]:
+    """
+    Where a timestep lies between noise (0) and data (1): the mean of its share in λ and in time.
+
+    Even in it, half of the points of a recording are even in λ, as solvers like them, and half are even in the
+    timesteps, near which most grids are.
+    """
+
+    def share(timesteps: np.ndarray) -> np.ndarray:
+        timesteps = np.asarray(timesteps, dtype=np.float64)
+        ends = np.array([process.timestep_max, process.timestep_min])
+        in_lambda = _between(process.log_snr(timesteps), process.log_snr(ends))
+        if shift != 1:  # the timesteps before they were shifted
+            timesteps, ends = process.shifted(timesteps, 1 / shift), process.shifted(ends, 1 / shift)
+        return 0.5 * in_lambda + 0.5 * _between(timesteps, ends)
+
+    return share
+
+
+def _between(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    return (values - ends[0]) / (ends[1] - ends[0])
+
+
+def recording_points(process: Any, shift: float, count: int) -> np.ndarray:
+    """`count` decreasing timesteps, even in [`position`]."""
+    fine = np.linspace(process.timestep_max, process.timestep_min, 20_001)
+    points = np.interp(np.linspace(0.0, 1.0, count), position(process, shift)(fine), fine)
+    if process.is_discrete:
+        points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
+    return points
