@@ -1,7 +1,7 @@
 """Pixel-space diffusion models of several processes: what is diffused, what is predicted, what is drawn from it."""
 
 import argparse
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -27,7 +27,7 @@ from genie_diffusers import (
 from genie_diffusers.learning.arguments import add_data_arguments, add_training_arguments
 from genie_diffusers.processes.linear_diffusion import inverse
 
-Denoiser = UNet2DModel | DiTTransformer2DModel
+Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
 #: the class to train, by the one that a configuration names
 DENOISERS: dict[str, type[Denoiser]] = {
@@ -102,7 +102,7 @@ class FlowMatchingTraining(VariancePreservingTraining):
 
     Args:
         scheduler_config (`dict`):
-            Configuration of a [`FlowMatchEulerDiscreteScheduler`], or of another scheduler, of which
+            Configuration of a [`FlowMatchEulerDiscreteScheduler`], or of a scheduler of another diffusion, of which
             `num_train_timesteps` alone means something.
     """
 
@@ -112,7 +112,7 @@ class FlowMatchingTraining(VariancePreservingTraining):
     )
 
     def __init__(self, scheduler_config: dict):
-        if scheduler_config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+        if "shift" in scheduler_config:
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
         else:
             steps = scheduler_config.get("num_train_timesteps", 1000)
@@ -246,54 +246,60 @@ def load_model(args: argparse.Namespace) -> tuple[Denoiser, dict]:
         model = denoiser.from_pretrained(name, subfolder=subfolder, **size)
     else:
         model = denoiser.from_config({**config, **size})
-    is_transformer = isinstance(model, DiTTransformer2DModel)
-    if is_transformer:
-        if args.pretrained_model_name_or_path is None:
+        if isinstance(model, DiTTransformer2DModel):
             initialize(model)
-        # Labels are dropped by the stream, for all blocks alike; here every block would drop them by itself.
-        for module in model.modules():
-            if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0
+    for module in model.modules():
+        # The stream drops labels, for all blocks alike. A DiT in training would drop more, in every block by itself.
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    _check_process(args, name, model, schedule)
     asked = {
         "prediction_type": args.prediction_type,
         "num_train_timesteps": args.ddpm_num_steps,
         "beta_schedule": args.ddpm_beta_schedule,
     }
-
-    resolution = model.config.sample_size
-    factor = model.config.patch_size if is_transformer else 2 ** (len(model.config.down_block_types) - 1)
-    if not isinstance(resolution, int) or resolution % factor != 0:
-        raise ValueError(f"`--resolution` must be a multiple of {factor} for this model, got {resolution}.")
-    flows = "shift" in schedule or schedule.get("prediction_type") == "flow_prediction"
-    if args.process != "flow" and flows:
-        raise ValueError(f"`--process` must be flow for the flow-matching model {name}, got {args.process}.")
-    if args.process == "flow":
-        unused = next((key for key in ("prediction_type", "beta_schedule") if asked[key] is not None), None)
-        if unused is not None:
-            option = "prediction_type" if unused == "prediction_type" else "ddpm_beta_schedule"
-            raise ValueError(f"`--{option}` must be left out for `--process flow`, got {asked[unused]}.")
     schedule.update({key: value for key, value in asked.items() if value is not None})
+    _check_model(args, model)
     if args.process in ("cld", "blurring"):
-        if is_transformer:
-            raise ValueError(f"`--process {args.process}` must have a `UNet2DModel`, got a `DiTTransformer2DModel`.")
         if schedule.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(
                 f"`--prediction_type` must be epsilon for `--process {args.process}`, got "
                 f"{schedule['prediction_type']}."
             )
-        schedule["sample_size"] = resolution
+        schedule["sample_size"] = model.config.sample_size
     if args.process == "cld" and model.config.in_channels % 2 == 1:  # for pictures, which have 1 or 3 channels
         model = with_velocities(model)
-    if (model.config.out_channels or model.config.in_channels) != model.config.in_channels:
+    return model, schedule
+
+
+def _check_process(args: argparse.Namespace, name: str, model: Denoiser, schedule: dict) -> None:
+    """Raise a `ValueError` if `--process` is not one for this model."""
+    if args.process == "flow":
+        for option in ("prediction_type", "ddpm_beta_schedule"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"`--{option}` must be left out for `--process flow`, got {getattr(args, option)}.")
+    elif "shift" in schedule or schedule.get("prediction_type") == "flow_prediction":
+        raise ValueError(f"`--process` must be flow for {name}, which predicts flows, got {args.process}.")
+    if args.process in ("cld", "blurring") and not isinstance(model, UNet2DModel):
+        raise ValueError(f"`--process` must be vp or flow for a {type(model).__name__}, got {args.process}.")
+
+
+def _check_model(args: argparse.Namespace, model: Denoiser) -> None:
+    """Raise a `ValueError` if the model cannot be trained on such pictures and labels."""
+    config = model.config
+    is_unet = isinstance(model, UNet2DModel)
+    factor = 2 ** (len(config.down_block_types) - 1) if is_unet else config.patch_size
+    if not isinstance(config.sample_size, int) or config.sample_size % factor != 0:
+        raise ValueError(f"`--resolution` must be a multiple of {factor} for this model, got {config.sample_size}.")
+    if config.out_channels not in (None, config.in_channels):
         raise ValueError(
-            f"The model must have as many output channels as input channels, {model.config.in_channels}, got "
-            f"{model.config.out_channels}: learned variances are not trained here."
+            f"The model must have as many output channels as input channels, {config.in_channels}, got "
+            f"{config.out_channels}: learned variances are not trained here."
         )
-    if args.label_dropout > 0 and not is_transformer and model.config.num_class_embeds is None:
+    if args.label_dropout > 0 and is_unet and config.num_class_embeds is None:
         raise ValueError(
             f"`--label_dropout` must be 0 for a UNet without `num_class_embeds`, got {args.label_dropout}."
         )
-    return model, schedule
 
 
 def initialize(transformer: DiTTransformer2DModel) -> None:

@@ -166,7 +166,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
 
 
 def init_noise_sigma(scheduler: SchedulerMixin) -> torch.Tensor | float:
-    """The standard deviation of the initial state. diffusers' flow-matching schedulers do not name theirs, which is 1."""
+    """The standard deviation of the initial state: 1 for diffusers' flow-matching schedulers, which do not say it."""
     return getattr(scheduler, "init_noise_sigma", 1.0)
 
 
@@ -211,7 +211,7 @@ def denoise(
 
 
 def check_sampling(pipeline, guidance_scale: float, class_labels, callback_tensors: Sequence[str]) -> None:
-    """Raise a `ValueError` if what [`denoise`] is to do makes no sense."""
+    """Raise a `ValueError` if guidance or callback of [`denoise`] make no sense."""
     unknown = set(callback_tensors) - set(pipeline._callback_tensor_inputs)
     if unknown:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")

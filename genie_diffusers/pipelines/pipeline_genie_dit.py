@@ -15,15 +15,16 @@ class GenieDiTPipeline(DiffusionPipeline):
     """
     Pipeline for class-conditional image generation with a [`DiTTransformer2DModel`].
 
-    The transformer may predict noise, v, pictures or flows, in pixels or in the latents of a VAE; what it predicts is
-    for the scheduler to know. So every scheduler of diffusers and of ours that fits the model works: for models of flows
-    the flow-matching ones, multistep ones with `use_flow_sigmas`, and [`GenieScheduler`] made from the configuration of
-    either. Checkpoints of diffusers' [`DiTPipeline`] load too.
+    The transformer may predict noise, v, pictures or flows, in pixels or in the latents of a VAE, of which the
+    scheduler is told. A model of flows is sampled by diffusers' flow-matching schedulers, by the multistep ones with
+    `use_flow_sigmas`, and by [`GenieScheduler`], made from the configuration of any of them. Checkpoints of diffusers'
+    [`DiTPipeline`] load too.
 
     Args:
         transformer ([`DiTTransformer2DModel`]):
             The denoiser. The class after its `num_embeds_ada_norm` classes is the null class of classifier-free
-            guidance. If it predicts variances too, they are not used.
+            guidance. If it predicts variances too, they are for schedulers whose `variance_type` is `"learned"` or
+            `"learned_range"`; others do not see them.
         scheduler ([`SchedulerMixin`]):
             The sampler.
         vae ([`AutoencoderKL`], *optional*):
@@ -104,7 +105,8 @@ class GenieDiTPipeline(DiffusionPipeline):
         class_labels, batch_size = check_inputs(null_class + 1, class_labels, batch_size, latents, generator)
         null = torch.full((batch_size,), null_class)
         labels = null if class_labels is None else class_labels
-        labels = (torch.cat([null, labels]) if guidance_scale != 1.0 else labels).to(device)
+        guided = guidance_scale != 1.0
+        labels = (torch.cat([null, labels]) if guided else labels).to(device)
 
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
@@ -114,9 +116,15 @@ class GenieDiTPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device=device, dtype=dtype) * init_noise_sigma(self.scheduler)
 
+        takes_variances = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+
         def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             output = self.transformer(model_input, t.expand(len(model_input)), labels, return_dict=False)[0]
-            return output[:, : config.in_channels]  # without learned variances
+            if not takes_variances:
+                return output[:, : config.in_channels]
+            if guided:  # the prediction is; variances are those of the class
+                output[:batch_size, config.in_channels :] = output[batch_size:, config.in_channels :]
+            return output
 
         tensors = callback_on_step_end_tensor_inputs
         latents = denoise(self, predict, latents, guidance_scale, generator, callback_on_step_end, tensors)
