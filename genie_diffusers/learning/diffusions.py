@@ -95,10 +95,10 @@ class FlowMatchingTraining(VariancePreservingTraining):
     """
     `--process flow`: x_t = (1 − σ) x_0 + σ z with σ = t/N, and the model predicts the velocity z − x_0 = dx_t/dσ.
 
-    Half of a straight path is easy: near the data the model has only to see the noise, near the noise only to know the
-    mean picture. Training times are therefore logit-normal, σ = 1/(1 + e^−s) with s ~ N(0, 1), which puts them in
-    between: of the distributions that Esser et al. (2024, https://huggingface.co/papers/2403.03206) compare, the one
-    that samples best, in few steps too.
+    Velocities are easy at both ends of the path: near the data the model has only to see the noise, near pure noise
+    only to know the mean picture. Training times are therefore logit-normal, σ = 1/(1 + e^−s) with s ~ N(0, 1), most
+    of them in between: the best of the distributions that Esser et al. compare (2024,
+    https://huggingface.co/papers/2403.03206).
 
     Args:
         scheduler_config (`dict`):

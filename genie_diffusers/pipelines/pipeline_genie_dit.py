@@ -115,7 +115,6 @@ class GenieDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device=device, dtype=dtype) * init_noise_sigma(self.scheduler)
-
         takes_variances = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
 
         def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -129,7 +128,8 @@ class GenieDiTPipeline(DiffusionPipeline):
         tensors = callback_on_step_end_tensor_inputs
         latents = denoise(self, predict, latents, guidance_scale, generator, callback_on_step_end, tensors)
         if self.vae is not None and output_type != "latent":
-            latents = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            latents = self.vae.decode(latents, return_dict=False)[0]
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
