@@ -17,7 +17,7 @@ from .models import (
     ImageClassifier,
     StepHead,
 )
-from .pipelines import DSNOPipeline, GDDIMPipeline, GeniePipeline
+from .pipelines import DSNOPipeline, GDDIMPipeline, GenieDiTPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, RectifiedFlow, VariancePreserving
 from .schedulers import (
     ERSDEScheduler,
@@ -56,6 +56,7 @@ __all__ = [
     "GDDIMScheduler",
     "GGDMScheduler",
     "GaussianDiffusionScheduler",
+    "GenieDiTPipeline",
     "GenieInverseScheduler",
     "GeniePipeline",
     "GenieScheduler",

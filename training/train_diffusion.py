@@ -1,9 +1,10 @@
 """
-Train a pixel-space diffusion model from a data set of pictures, class-conditional if its UNet is.
+Train a pixel-space diffusion or flow-matching model from a data set of pictures, class-conditional if the model is.
 
-The loss is the squared error of what the model predicts at timesteps drawn uniformly. The result is a pipeline folder
-with a card; see README.md here for examples. A run that is killed at any moment goes on from its last checkpoint with
-the loss curve it would have had, and the curve does not depend on the number of processes that share a batch.
+The loss is the squared error of what the model predicts at timesteps that the process draws. The result is a pipeline
+folder with a card; see README.md here for examples. A run that is killed at any moment goes on from its last
+checkpoint with the loss curve it would have had, and the curve does not depend on the number of processes that share a
+batch.
 """
 
 import argparse
@@ -19,10 +20,10 @@ from genie_diffusers.learning.run import Run
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args)
-    unet, schedule = load_model(args)
+    model, schedule = load_model(args)
     diffusion = PROCESSES[args.process](schedule)
-    classes = num_classes(unet, args.label_dropout)
-    resolution, in_channels = unet.config.sample_size, unet.config.in_channels
+    classes = num_classes(model, args.label_dropout)
+    resolution, in_channels = model.config.sample_size, model.config.in_channels
     image_channels = diffusion.image_channels(in_channels)
     with run.accelerator.main_process_first():
         pictures = pictures_of(args, resolution, image_channels, labelled=classes is not None)
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         args.label_dropout,
         null_class=classes,
     )
-    run.learn(unet)
+    run.learn(model)
     batches = run.batches(stream)
 
     def loss(step: int, part: int) -> torch.Tensor:
@@ -52,21 +53,21 @@ def main(args: argparse.Namespace) -> None:
 
     def show(step: int) -> None:
         with run.averaged():
-            run.log.image("samples", sample_grid(diffusion, unet, classes, args), step)
+            run.log.image("samples", sample_grid(diffusion, model, classes, args), step)
 
-    what = f"{unet.num_parameters():,} parameters, {len(pictures)} pictures of {resolution}x{resolution}"
+    what = f"{model.num_parameters():,} parameters, {len(pictures)} pictures of {resolution}x{resolution}"
     run.fit(loss, what, every=args.sample_steps, then=show)
     if run.is_main:
-        diffusion.pipeline(unet).save_pretrained(args.output_dir)
-        grid = sample_grid(diffusion, unet, classes, args)
+        diffusion.pipeline(model).save_pretrained(args.output_dir)
+        grid = sample_grid(diffusion, model, classes, args)
         grid.save(args.output_dir / "samples.png")
         run.log.image("samples", grid, args.max_train_steps)
-        write_card(run, diffusion, unet, classes, len(pictures))
+        write_card(run, diffusion, model, classes, len(pictures))
     run.end()
 
 
-def write_card(run: Run, diffusion, unet, classes: int | None, count: int) -> None:
-    args, pipeline = run.args, diffusion.pipeline_class.__name__
+def write_card(run: Run, diffusion, model, classes: int | None, count: int) -> None:
+    args, pipeline = run.args, type(diffusion.pipeline(model)).__name__
     call = "pipeline(batch_size=4, " if classes is None else "pipeline(class_labels=[0, 1, 2, 3], "
     run.publish(
         f"{'An unconditional' if classes is None else 'A class-conditional'} pixel-space diffusion model trained with "
@@ -78,8 +79,8 @@ def write_card(run: Run, diffusion, unet, classes: int | None, count: int) -> No
         ),
         facts={
             "Data": f"{source_of(args.dataset_name)}, {count:,} pictures",
-            "Resolution": f"{unet.config.sample_size}x{unet.config.sample_size}, averaged over areas",
-            "Parameters": f"{unet.num_parameters():,}",
+            "Resolution": f"{model.config.sample_size}x{model.config.sample_size}, averaged over areas",
+            "Parameters": f"{model.num_parameters():,}",
             "Classes": "none" if classes is None else f"{classes}",
             "Null class": f"{classes}" if args.label_dropout > 0 else "none",
             "Prediction type": diffusion.prediction_type,

@@ -57,7 +57,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, label_dropout: bool = Tr
             "--label_dropout",
             type=float,
             default=0.0,
-            help="Probability of replacing a label by the null class, the last of `num_class_embeds`.",
+            help="Probability of replacing a label by the null class: the last of a UNet, one more of a transformer.",
         )
     add("--dataloader_num_workers", type=int, default=0)
 

@@ -126,8 +126,8 @@ def from_pixels(pixels: list[bytes], shape: tuple[int, int, int]) -> np.ndarray:
 def check_labels(labels: list[int], classes: int) -> None:
     if min(labels) < 0 or max(labels) >= classes:
         raise ValueError(
-            f"Labels must be between 0 and {classes - 1} for this UNet (`num_class_embeds`, less the null class)"
-            f", got {min(labels)} to {max(labels)}."
+            f"Labels must be between 0 and {classes - 1} for this model (its classes, less the null class), got "
+            f"{min(labels)} to {max(labels)}."
         )
 
 

@@ -41,7 +41,7 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
 
     If the UNet has a head ([`GenieUNet2DModel`]) and the scheduler takes one ([`GenieScheduler`]), the two are
     attached when the pipeline is built and when either is assigned; `pipe.scheduler.attach(None)` samples without the
-    head. Every scheduler of diffusers works too.
+    head. Every scheduler of diffusers works too, flow-matching ones with a model of flows.
 
     Args:
         unet ([`UNet2DModel`] or [`GenieUNet2DModel`]):
@@ -137,31 +137,22 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = self._initial_state(latents.to(device=device, dtype=dtype))
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = torch.cat([latents, latents]) if guided else latents
-            model_input = self.scheduler.scale_model_input(model_input, t)
+        def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             if image is not None:
                 pictures = image.to(model_input).repeat(1 + guided, 1, 1, 1)
                 model_input = torch.cat([model_input, pictures], dim=1)
-            model_output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
-            if guided:
-                null_output, class_output = model_output.chunk(2)
-                model_output = null_output + guidance_scale * (class_output - null_output)
-            latents = self.scheduler.step(model_output, t, latents, return_dict=False, **extra)[0]
-            if callback_on_step_end is not None:
-                kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                latents = (callback_on_step_end(self, i, t, kwargs) or {}).get("latents", latents)
+            return self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0]
 
+        tensors = callback_on_step_end_tensor_inputs
+        latents = denoise(self, predict, latents, guidance_scale, generator, callback_on_step_end, tensors)
         images = self.image_processor.postprocess(self._images(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _initial_state(self, noise: torch.Tensor) -> torch.Tensor:
         """The state at the first timestep, from standard normal noise."""
-        return noise * self.scheduler.init_noise_sigma
+        return noise * init_noise_sigma(self.scheduler)
 
     def _images(self, state: torch.Tensor) -> torch.Tensor:
         """The images in the final state."""
@@ -170,17 +161,64 @@ class GeniePipeline(AttachesHead, DiffusionPipeline):
     def _check_inputs(
         self, class_labels, batch_size, guidance_scale, image, latents, generator, callback_tensors
     ) -> tuple[torch.Tensor | None, int]:
-        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
-        class_labels, batch_size = check_inputs(
-            self.unet.config.num_class_embeds, class_labels, batch_size, latents, generator, image
-        )
-        if class_labels is None and guidance_scale != 1.0:
-            raise ValueError(f"`guidance_scale={guidance_scale}` needs `class_labels` to guide towards.")
-        return class_labels, batch_size
+        check_sampling(self, guidance_scale, class_labels, callback_tensors)
+        return check_inputs(self.unet.config.num_class_embeds, class_labels, batch_size, latents, generator, image)
+
+
+def init_noise_sigma(scheduler: SchedulerMixin) -> torch.Tensor | float:
+    """The standard deviation of the initial state: 1 for diffusers' flow-matching schedulers, which do not say it."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def denoise(
+    pipeline: DiffusionPipeline,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    guidance_scale: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    callback: Callable[[DiffusionPipeline, int, int, dict], dict] | None,
+    callback_tensors: Sequence[str],
+) -> torch.Tensor:
+    """
+    The loop of our pipelines over the timesteps that their scheduler has set.
+
+    Args:
+        pipeline (`DiffusionPipeline`): Whose scheduler and progress bar are used.
+        predict (`Callable`):
+            The model, of model input and timestep. Under guidance the input is twice the batch, null classes first.
+        latents (`torch.Tensor`): The initial state.
+        guidance_scale (`float`), generator, callback, callback_tensors: As in the call of the pipeline.
+
+    Returns:
+        `torch.Tensor`: The final state.
+    """
+    scheduler, guided = pipeline.scheduler, guidance_scale != 1.0
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for i, t in enumerate(pipeline.progress_bar(scheduler.timesteps)):
+        model_input = torch.cat([latents, latents]) if guided else latents
+        if hasattr(scheduler, "scale_model_input"):  # diffusers' flow-matching schedulers have none
+            model_input = scheduler.scale_model_input(model_input, t)
+        model_output = predict(model_input, t)
+        if guided:
+            null_output, class_output = model_output.chunk(2)
+            model_output = null_output + guidance_scale * (class_output - null_output)
+        latents = scheduler.step(model_output, t, latents, return_dict=False, **extra)[0]
+        if callback is not None:
+            kwargs = {"latents": latents} if "latents" in callback_tensors else {}
+            latents = (callback(pipeline, i, t, kwargs) or {}).get("latents", latents)
+    return latents
+
+
+def check_sampling(pipeline, guidance_scale: float, class_labels, callback_tensors: Sequence[str]) -> None:
+    """Raise a `ValueError` if guidance or callback of [`denoise`] make no sense."""
+    unknown = set(callback_tensors) - set(pipeline._callback_tensor_inputs)
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may only hold 'latents', got {sorted(unknown)}.")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
+    if class_labels is None and guidance_scale != 1.0:
+        raise ValueError(f"`guidance_scale={guidance_scale}` needs `class_labels` to guide towards.")
 
 
 def check_inputs(
@@ -189,7 +227,7 @@ def check_inputs(
     """The class of each image, if classes are given, and the number of images, on which all arguments agree."""
     if class_labels is not None:
         if num_classes is None:
-            raise ValueError("`class_labels` are given, but the UNet is not class-conditional.")
+            raise ValueError("`class_labels` are given, but the model is not class-conditional.")
         given, class_labels = class_labels, torch.as_tensor(class_labels).cpu()
         if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
             raise ValueError(f"`class_labels` must be an integer or a sequence of at least one, got {given}.")

@@ -104,7 +104,7 @@ def test_bad_input_is_refused(make, options, message):
 
 
 def test_labels_need_classes(make):
-    with pytest.raises(ValueError, match="the UNet is not class-conditional"):
+    with pytest.raises(ValueError, match="the model is not class-conditional"):
         make(num_class_embeds=None)(class_labels=[0])
 
 

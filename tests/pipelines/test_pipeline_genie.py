@@ -451,7 +451,7 @@ def test_contradictions_are_errors_before_the_model_is_called(class_pipe, option
 
 
 def test_classes_for_an_unconditional_model_are_an_error(pipe):
-    with pytest.raises(ValueError, match="`class_labels` are given, but the UNet is not class-conditional"):
+    with pytest.raises(ValueError, match="`class_labels` are given, but the model is not class-conditional"):
         pipe(class_labels=1)
 
 

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from accelerate.state import AcceleratorState
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
+from genie_diffusers import GenieDiTPipeline, GeniePipeline
 from genie_diffusers.learning import run as learning_run
 from genie_diffusers.learning.run import (
     RunLog,
@@ -174,6 +176,39 @@ def test_tracker_holds_every_loss_once_and_the_sample_grids(resumed):
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 31))
     assert logged == pytest.approx(losses(resumed[0]), rel=1e-6)
     assert [event.step for event in events.Images("samples")] == [15, 30, 30]
+
+
+@pytest.mark.parametrize("model_class", [UNet2DModel, DiTTransformer2DModel])
+def test_flow_is_trained_resumed_and_sampled(data, tmp_path, model_class):
+    if model_class is UNet2DModel:
+        model, pipeline_class = tiny_unet(), GeniePipeline
+    else:
+        model = DiTTransformer2DModel(2, 8, 3, num_layers=1, sample_size=8, num_embeds_ada_norm=NUM_CLASSES)
+        pipeline_class = GenieDiTPipeline
+    model.save_config(tmp_path / "config")
+
+    def train(name: str, steps: int) -> dict[int, float]:
+        named = {"process": "flow", "dataset_name": data, "cache_dir": tmp_path / "cache", "label_dropout": 0.2}
+        named |= {"model_config_name_or_path": tmp_path / "config", "output_dir": tmp_path / name}
+        named |= {"train_batch_size": 4, "max_train_steps": steps, "lr_scheduler": "constant", "report_to": "none"}
+        named |= {"eval_batch_size": 3, "ddpm_num_inference_steps": 2, "guidance_scale": 2.0, "mixed_precision": "no"}
+        named |= {"resume_from_checkpoint": "latest"}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_diffusion.main(
+            train_diffusion.parse_args([str(part) for k, v in named.items() for part in (f"--{k}", v)])
+        )
+        return losses(tmp_path / name)
+
+    whole = train("whole", 4)
+    train("resumed", 2)
+    assert train("resumed", 4) == whole and len(whole) == 4
+    pipeline = pipeline_class.from_pretrained(tmp_path / "resumed")
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    images = pipeline(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 8, 8)
+    card = (tmp_path / "resumed" / "README.md").read_text()
+    assert f"from genie_diffusers import {pipeline_class.__name__}\n" in card
+    assert "flow_prediction" in card and f"| Null class | {NUM_CLASSES} |" in card
 
 
 @pytest.mark.slow
