@@ -23,11 +23,12 @@ from ..core.time_grids import custom_timesteps, time_grid
 from ..processes import LinearDiffusion
 from .attachment import TakesSource
 from .configuration import SharedConfiguration
+from .saving import SavesSource
 
 logger = logging.get_logger(__name__)
 
 
-class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMixin):
+class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMixin, ConfigMixin):
     """
     Base of the schedulers of any [`LinearDiffusion`], the `process_class`.
 
