@@ -106,9 +106,9 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
     def extract_init_dict(cls, config_dict, **kwargs):
         config_dict = dict(config_dict)
         # Each of our classes has methods of its own: those of another one stay behind.
-        methods = {method for scheduler in _subclasses(TableScheduler) for method in scheduler._choices("method")}
-        if config_dict.get("method") in methods.difference(cls._choices("method")):
-            del config_dict["method"]
+        other = config_dict.get("_class_name", cls.__name__) != cls.__name__
+        if other and config_dict.get("method") not in cls._choices("method"):
+            config_dict.pop("method", None)
         # Who asks for another solver asks for its rows.
         if config_dict.get("tables"):
             own = {
