@@ -27,14 +27,15 @@ It was made of the sources of genie_diffusers {version} by
 
     {name}.save_pretrained(folder, standalone=True)
 
-To change it, change those and save again. Where genie_diffusers is installed, `from_pretrained` of its own class reads
-the same configuration and needs no code but its own.
+To change it, change those and save again. With genie_diffusers installed, `from_pretrained` of the class there reads
+the same configuration, and none of this code is run.
 """
 
-# Copyright the genie_diffusers authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not
-# use this file except in compliance with it. It is at https://www.apache.org/licenses/LICENSE-2.0. Unless required by
-# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# What is of genie_diffusers here is copyright of the genie_diffusers authors and licensed under the Apache License,
+# Version 2.0 (the "License"); you may not use it except in compliance with the License. You may obtain a copy at
+# https://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either
+# express or implied. See the License for the specific language governing permissions and limitations.
 '''
 
 

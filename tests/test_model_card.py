@@ -40,7 +40,7 @@ def test_picture_is_referenced_relative_to_the_card():
 
 
 def test_usage_of_a_standalone_scheduler_runs_either_way():
-    """Both ways are code: one runs, and so does the other where the comments that are code are taken instead."""
+    """One way as it stands, the other once its comments are made code."""
     usage = standalone_usage("user/sampler", "user/base", scheduler="GGDMScheduler", call='pipe("a cat")')
     assert f"```python\n{usage}\n```" in card(usage=usage).text
     with_package = re.sub(r"^# (?=from|pipe)", "", usage, flags=re.MULTILINE)
