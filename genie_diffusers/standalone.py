@@ -34,8 +34,8 @@ the same configuration, and none of this code is run.
 # What is of genie_diffusers here is copyright of the genie_diffusers authors and licensed under the Apache License,
 # Version 2.0 (the "License"); you may not use it except in compliance with the License. You may obtain a copy at
 # https://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either
-# express or implied. See the License for the specific language governing permissions and limitations.
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND,
+# either express or implied. See the License for the specific language governing permissions and limitations.
 '''
 
 
@@ -47,6 +47,7 @@ def standalone_source(scheduler_class: type) -> str:
         scheduler_class (`type`):
             A scheduler of this package, or one that derives from it at the top of some file. What that file imports
             from its own package becomes a part of the source, what it imports from others stays an import.
+            Statements that bind no name, such as calls, are left out.
 
     Raises:
         ValueError:
@@ -96,7 +97,7 @@ class _File:
         """What is defined at the top of a module, by name."""
         if module not in self.definitions:
             source = inspect.getsource(importlib.import_module(module))
-            lines, end = source.splitlines(), 0
+            lines, end = source.split("\n"), 0
             definitions: dict[str, list[ast.stmt]] = {}
             for statement in ast.parse(source).body:
                 # with the comments before it
@@ -133,7 +134,7 @@ class _File:
             return
         what = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
         self.imports.add(("" if isinstance(statement, ast.Import) else origin, what))
-        self._own(name, origin, what)
+        self._own(name, origin, f"import {what} of {origin}")
 
     def _own(self, name: str, origin: str, text: str):
         known = self.owners.setdefault(name, (origin, text))

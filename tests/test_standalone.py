@@ -366,6 +366,11 @@ def test_a_scheduler_of_no_file_is_refused(tmp_path):
             "`Levels` of `own_file_1` is defined in `genie_diffusers.core.table` too: rename one of them",
         ),
         (
+            "from genie_diffusers import GenieScheduler\nfrom os import path as math\n"
+            "class Own(GenieScheduler):\n    other = math",
+            "`math` of `(os|math)` is defined in `(os|math)` too",
+        ),
+        (
             "from genie_diffusers import GenieScheduler as Base\nclass Own(Base): pass",
             "`Own` has `Base` from elsewhere",
         ),
