@@ -272,6 +272,7 @@ def test_it_has_what_its_class_needs_alone():
     assert not names & {"GDDIMScheduler", "gddim", "GenieInverseScheduler", "Blurring", "run", "standalone_source"}
 
 
+@pytest.mark.slow
 def test_it_is_the_same_each_time():
     sources = {standalone_source(GenieScheduler) for _ in range(2)}
     script = "from genie_diffusers import *; from genie_diffusers.standalone import *; import sys\n"
