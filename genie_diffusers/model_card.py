@@ -57,3 +57,32 @@ def create_model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def standalone_usage(
+    repo_id: str,
+    base_model: str,
+    *,
+    scheduler: str = "GenieScheduler",
+    call: str = "pipe(num_inference_steps=10)",
+) -> str:
+    """
+    The `usage` of a scheduler that was saved with `standalone=True`: with diffusers alone, and with this package.
+
+    Args:
+        repo_id (`str`): Hub id of the scheduler.
+        base_model (`str`): Hub id of the pipeline that it is for.
+        scheduler (`str`, defaults to `"GenieScheduler"`): Its class.
+        call (`str`, defaults to `"pipe(num_inference_steps=10)"`): What draws a picture.
+    """
+    return f"""
+from diffusers import AutoModel, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base_model}")
+# with diffusers (0.36 or later) alone, which runs the code that is a file of this repository
+pipe.scheduler = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+# or with genie_diffusers installed, which reads nothing but the configuration:
+# from genie_diffusers import {scheduler}
+# pipe.scheduler = {scheduler}.from_pretrained("{repo_id}")
+image = {call}.images[0]
+""".strip()

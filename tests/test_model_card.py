@@ -1,7 +1,10 @@
+import ast
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
-from genie_diffusers.model_card import create_model_card
+from genie_diffusers.model_card import create_model_card, standalone_usage
 
 
 def card(**changed) -> ModelCard:
@@ -34,3 +37,18 @@ def test_picture_is_referenced_relative_to_the_card():
     for path in ("/tmp/samples.png", "https://example.org/samples.png"):
         with pytest.raises(ValueError, match="relative to the card"):
             card(pictures={path: "Samples."})
+
+
+def test_usage_of_a_standalone_scheduler_runs_either_way():
+    """One way as it stands, the other once its comments are made code."""
+    usage = standalone_usage("user/sampler", "user/base", scheduler="GGDMScheduler", call='pipe("a cat")')
+    assert f"```python\n{usage}\n```" in card(usage=usage).text
+    with_package = re.sub(r"^# (?=from|pipe)", "", usage, flags=re.MULTILINE)
+    loads = [
+        [node.func.value.id for node in ast.walk(ast.parse(code)) if is_load(node)] for code in (usage, with_package)
+    ]
+    assert loads == [["DiffusionPipeline", "AutoModel"], ["DiffusionPipeline", "AutoModel", "GGDMScheduler"]]
+
+
+def is_load(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained"

@@ -1,10 +1,10 @@
 """Where a sampler calls the model: grids of timesteps between the noisiest and the cleanest one."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import beta as beta_distribution
 
 from ..processes import LinearDiffusion
 
@@ -55,12 +55,27 @@ def time_grid(process: LinearDiffusion, name: str, num_points: int, last: float 
     elif name == "exponential":
         timesteps = process.at_noise_level(np.exp(np.log(most) + ramp * (np.log(least) - np.log(most))))
     elif name == "beta":
-        timesteps = process.at_noise_level(least + beta_distribution.ppf(1.0 - ramp, 0.6, 0.6) * (most - least))
+        timesteps = process.at_noise_level(least + beta_quantiles(1.0 - ramp, 0.6) * (most - least))
     else:
         raise ValueError(f"`time_grid` must be one of {', '.join(TIME_GRIDS + TIMESTEP_SPACINGS)}, got {name!r}.")
     # The ends are known exactly; powers and inversions are only accurate to rounding.
     timesteps[0], timesteps[num_points - 1 :] = first, last if num_points > 1 else first
     return timesteps
+
+
+def beta_quantiles(shares: np.ndarray, shape: float) -> np.ndarray:
+    """Where the distribution function of Beta(`shape`, `shape`) has the values `shares`, by bisection."""
+    # the series of the incomplete beta function, which halves its terms at ½; the other half follows by symmetry
+    orders = np.arange(1, 60)
+    series = np.concatenate([[1.0], np.cumprod((orders - shape) / orders)]) / (shape + np.arange(60))
+    total = math.gamma(shape) ** 2 / math.gamma(2 * shape)
+    smaller = np.minimum(shares, 1.0 - shares)
+    low, high = np.zeros(len(shares)), np.full(len(shares), 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = middle**shape * (middle[:, None] ** np.arange(60) @ series) / total < smaller
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares < 0.5, low, 1.0 - low)
 
 
 def spaced_timesteps(process: LinearDiffusion, spacing: str, num_points: int, steps_offset: int = 0) -> np.ndarray:

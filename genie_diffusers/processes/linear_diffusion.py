@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 
 
 class LinearDiffusion:
@@ -76,6 +75,9 @@ class LinearDiffusion:
 
     @cached_property
     def _solution(self) -> Callable:
+        # here, since paths in closed form do without scipy
+        import scipy.integrate as integrate
+
         def derivative(timestep, flat):
             mean, covariance, root = flat.reshape(3, *self.weight_shape)
             drift, diffusion = self.drift(timestep), self.diffusion(timestep)
@@ -92,7 +94,7 @@ class LinearDiffusion:
         identity = np.broadcast_to(np.eye(self.weight_shape[-1]), self.weight_shape)
         start = np.stack([identity, covariance, np.linalg.cholesky(covariance)])
         ends = (0.0, self.timestep_max)
-        return solve_ivp(
+        return integrate.solve_ivp(
             derivative, ends, start.ravel(), method="DOP853", rtol=1e-12, atol=1e-14, dense_output=True
         ).sol
 

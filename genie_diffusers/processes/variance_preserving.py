@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator, make_interp_spline
 
 from .linear_diffusion import LinearDiffusion
+from .splines import InterpolatingSpline, MonotoneCubic, PiecewisePolynomial
 
 # diffusers keeps the last α of a zero-terminal-SNR schedule at this value, so that λ stays finite.
 ZERO_SNR_ALPHA = 2.0**-12
@@ -79,10 +79,10 @@ class VariancePreserving(LinearDiffusion):
         # α itself is interpolated: unlike log ᾱ or λ it is smooth at both ends of every schedule, where ᾱ reaches 1
         # (one knot before the data) and where it reaches 0 (squared-cosine, zero terminal SNR).
         knots, values = np.arange(-1.0, len(alphas)), np.concatenate([[1.0], alphas])
-        self._alpha = make_interp_spline(knots, values, k=min(5, len(knots) - 1))
-        # A spline lies between its coefficients, so negative ones prove that α decreases everywhere.
-        if np.any(self._alpha.derivative().c[: len(knots) - 1] >= 0):  # a schedule with jumps: monotone before smooth
-            self._alpha = PchipInterpolator(knots, values)
+        spline = InterpolatingSpline(knots, values)
+        # A spline decreases where its weights do; a schedule with jumps is monotone before it is smooth.
+        decreases = bool(np.all(np.diff(spline.weights) < 0))
+        self._alpha: PiecewisePolynomial = spline if decreases else MonotoneCubic(knots, values)
 
     @classmethod
     def from_betas(cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False) -> "VariancePreserving":

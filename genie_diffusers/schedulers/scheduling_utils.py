@@ -23,11 +23,12 @@ from ..core.time_grids import custom_timesteps, time_grid
 from ..processes import LinearDiffusion
 from .attachment import TakesSource
 from .configuration import SharedConfiguration
+from .saving import SavesSource
 
 logger = logging.get_logger(__name__)
 
 
-class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMixin):
+class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMixin, ConfigMixin):
     """
     Base of the schedulers of any [`LinearDiffusion`], the `process_class`.
 
@@ -105,9 +106,9 @@ class TableScheduler(SharedConfiguration, TakesSource, SchedulerMixin, ConfigMix
     def extract_init_dict(cls, config_dict, **kwargs):
         config_dict = dict(config_dict)
         # Each of our classes has methods of its own: those of another one stay behind.
-        methods = {method for scheduler in _subclasses(TableScheduler) for method in scheduler._choices("method")}
-        if config_dict.get("method") in methods.difference(cls._choices("method")):
-            del config_dict["method"]
+        other = config_dict.get("_class_name", cls.__name__) != cls.__name__
+        if other and config_dict.get("method") not in cls._choices("method"):
+            config_dict.pop("method", None)
         # Who asks for another solver asks for its rows.
         if config_dict.get("tables"):
             own = {

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from scipy.stats import beta
 
 from genie_diffusers import GenieScheduler, VariancePreserving
 from genie_diffusers.core.time_grids import (
     TIME_GRIDS,
     TIMESTEP_SPACINGS,
+    beta_quantiles,
     distinct_integers,
     spaced_timesteps,
     time_grid,
@@ -212,3 +214,9 @@ def test_unknown_and_impossible_grids_are_refused():
 def test_impossible_numbers_of_steps_are_refused(count):
     with pytest.raises(ValueError, match="num_inference_steps"):
         GenieScheduler().set_timesteps(count)
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.6, 1.0, 2.5])
+def test_quantiles_of_the_beta_distribution_are_those_of_scipy(shape):
+    shares = np.linspace(0.0, 1.0, 101)
+    np.testing.assert_allclose(beta_quantiles(shares, shape), beta.ppf(shares, shape, shape), rtol=0, atol=1e-13)

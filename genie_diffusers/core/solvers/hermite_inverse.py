@@ -19,7 +19,9 @@ def hermite_inverse(levels: Levels, index: int, known: int, order: int = 3, slop
     conditions = _usable(levels, conditions)[:order]
     conditions = conditions or [("prediction", index)]  # that of clean data, where there is no other
     row: Row = {("sample", 0): float(levels.alphas[index + 1] / levels.alphas[index])}
-    return row | {(what, index - point): weight for (what, point), weight in _integral(levels, index, conditions)}
+    return row | {
+        (what, index - point): weight for (what, point), weight in _noise_integral(levels, index, conditions)
+    }
 
 
 def hermite_inverse_correction(levels: Levels, index: int, known: int, predictor: Row, slopes: bool = False) -> Row:
@@ -34,7 +36,9 @@ def hermite_inverse_correction(levels: Levels, index: int, known: int, predictor
     else:
         earlier = [] if known == 2 else [("prediction", start - 1)]
         conditions = _usable(levels, [("prediction", index), ("prediction", start), *earlier])
-    correction = {(what, index - point): weight for (what, point), weight in _integral(levels, start, conditions)}
+    correction = {
+        (what, index - point): weight for (what, point), weight in _noise_integral(levels, start, conditions)
+    }
     return less_the_predictor(correction, predictor)
 
 
@@ -48,7 +52,7 @@ def _usable(levels: Levels, conditions: list[Term]) -> list[Term]:
     ]
 
 
-def _integral(levels: Levels, start: int, conditions: list[Term]) -> list[tuple[Term, float]]:
+def _noise_integral(levels: Levels, start: int, conditions: list[Term]) -> list[tuple[Term, float]]:
     """The weights of `conditions` (what, at which point) in the step from point `start` to the next one."""
     if levels.sigmas[start] == 0:
         return [(conditions[0], float(levels.sigmas[start + 1]))]
