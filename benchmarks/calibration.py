@@ -1,13 +1,14 @@
 """
-What calibration brings, against diffusers' solvers on their best grids, those that calibration finds among them.
+What calibration brings: a sampler learned inside a pipeline's calls, against diffusers' solvers on their best grids.
 
-    python benchmarks/calibration.py                      # the packaged variance-preserving checkpoint
-    python benchmarks/calibration.py --model flow         # the packaged flow transformer
-    python benchmarks/calibration.py curves               # against paths, calls of the recorded run, guidance scales
+    python benchmarks/calibration.py                # the packaged variance-preserving checkpoint
+    python benchmarks/calibration.py --model flow   # the packaged flow transformer
+    python benchmarks/calibration.py --curves       # against the number of paths, recorded calls and guidance scales
 
-Errors are relative distances to the converged solution of the same noise, as in solver_error.py, on noises that nothing
-was fitted to or chosen on. Every peer has, for each number of calls, the best of its grids (and on flows, of its
-shifts), chosen on the 16 noises of the choice. Writes `benchmarks/results/calibration-{model}.json`, `.md` and `.png`.
+Errors are relative distances to the converged solution of the same noise, on noises that nothing was fitted to or
+chosen on, mean and standard error. Each peer is, for each number of calls, on the best of its grids: diffusers' own, those of
+solver_error.py, on flows of all shifts, and the calibrated one, chosen on other noises. Writes
+`benchmarks/results/calibration_{model}.json` and `.md`, or `calibration_curves.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -28,87 +30,270 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import GenieDiTPipeline, GeniePipeline, GenieScheduler
 from genie_diffusers.calibration import Calibration
-from genie_diffusers.core.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from solver_error import GRIDS, PEERS, peer
 
 ROOT = Path(__file__).parent
 CHECKPOINTS = ROOT.parent / "genie_diffusers" / "checkpoints"
 MODELS = {"vp": (GeniePipeline, "ddpm-cifar10-16"), "flow": (GenieDiTPipeline, "flow-cifar10-16")}
-SCALES = {"vp": (1.0, 3.0, 7.5), "flow": (1.0, 3.0, 5.0)}
-#: UniPC's default first, then others
-PEERS = {
-    "DPM-Solver++(2M)": (DPMSolverMultistepScheduler, {"solver_order": 2}),
-    "DPM-Solver++(3M)": (DPMSolverMultistepScheduler, {"solver_order": 3}),
-    "UniPC-2": (UniPCMultistepScheduler, {"solver_order": 2}),
-    "UniPC-3": (UniPCMultistepScheduler, {"solver_order": 3}),
-    "DEIS-3": (DEISMultistepScheduler, {"solver_order": 3}),
+SCALES = {"vp": [1.0, 3.0, 7.5], "flow": [1.0, 3.0, 5.0]}
+VP_PEERS = ("DEIS-3", "DPM-Solver++(2M)", "DPM-Solver++(3M)", "UniPC-2", "UniPC-3")
+FLOW_PEERS = {
+    "FlowMatchEuler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
+    "FlowMatchHeun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
+    "DEIS-3": lambda shift: flow_solver(DEISMultistepScheduler, 3, shift),
+    "DPM-Solver++(2M)": lambda shift: flow_solver(DPMSolverMultistepScheduler, 2, shift),
+    "DPM-Solver++(3M)": lambda shift: flow_solver(DPMSolverMultistepScheduler, 3, shift),
+    "UniPC-2": lambda shift: flow_solver(UniPCMultistepScheduler, 2, shift),
+    "UniPC-3": lambda shift: flow_solver(UniPCMultistepScheduler, 3, shift),
 }
-FLOW_PEERS = {"Euler": FlowMatchEulerDiscreteScheduler, "Heun": FlowMatchHeunDiscreteScheduler}
-SHIFTS = (1.0, 1.5, 2.0, 3.0, 5.0)
-SPACINGS = ("linspace", "trailing", "leading")
-SIGMA_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SHIFTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+#: of the solver that errors are stated against
 REFERENCE_CALLS = 400
 
 
+def flow_solver(scheduler_class, order: int, shift: float):
+    return scheduler_class(
+        solver_order=order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
 class Bench:
-    """A packaged pipeline, and noises of it with their converged solutions."""
+    """A packaged model at one guidance scale: noises with their converged solutions."""
 
     def __init__(self, model: str, scale: float, args: argparse.Namespace):
         pipeline_class, folder = MODELS[model]
         self.pipe = pipeline_class.from_pretrained(CHECKPOINTS / folder).to(torch.float32)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.model, self.scale = model, scale
-        self.config = {**self.pipe.scheduler.config, "clip_sample": False}
-        self.sets = {}
+        self.denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        self.model, self.scale, self.sets = model, scale, {}
+        config = {**self.pipe.scheduler.config, "clip_sample": False, "thresholding": False}
+        self.pipe.scheduler = GenieScheduler.from_config(config)
+        self.config = self.pipe.scheduler.config
+        reference = GenieScheduler.from_config(self.config, time_grid="uniform_lambda" if model == "vp" else "linear")
         for name, count, seed in (("choice", args.choice_noises, 50_000), ("report", args.noises, 60_000)):
-            labels, seeds = [(seed + i) % 10 for i in range(count)], range(seed, seed + count)
-            converging = GenieScheduler.from_config(self.config, time_grid="uniform_lambda", clip_sample=False)
-            if model == "flow":  # near pure noise nothing happens that λ would resolve
-                converging = GenieScheduler.from_config(self.config, time_grid="linear")
-            self.sets[name] = labels, seeds, self.ends(converging, REFERENCE_CALLS, labels, seeds)
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+            shape = (3, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            self.sets[name] = noise, torch.arange(count) % 10, None
+            reference.set_timesteps(REFERENCE_CALLS)
+            self.sets[name] = (*self.sets[name][:2], self.ends(reference, name))
 
-    def ends(self, scheduler, steps: int, labels, seeds, batch_size: int = 64) -> torch.Tensor:
-        self.pipe.scheduler, parts = scheduler, []
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            call = {"class_labels": labels[part], "guidance_scale": self.scale, "num_inference_steps": steps}
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-            parts.append(self.pipe(**call, generator=generators, output_type="latent", return_dict=False)[0])
-        return torch.cat(parts).flatten(1)
+    def predict(self, sample: torch.Tensor, timestep, labels: torch.Tensor) -> torch.Tensor:
+        """The guided prediction."""
+        if self.scale != 1:
+            labels, sample = torch.cat([torch.full_like(labels, 10), labels]), torch.cat([sample, sample])
+        timesteps = torch.as_tensor(timestep).expand(len(sample))
+        output = self.denoiser(sample, timesteps, class_labels=labels).sample
+        if self.scale == 1:
+            return output
+        null, conditional = output.chunk(2)
+        return null + self.scale * (conditional - null)
 
-    def errors(self, scheduler, steps: int, name: str = "report") -> np.ndarray:
-        labels, seeds, reference = self.sets[name]
-        found = self.ends(scheduler, steps, labels, seeds)
-        return ((found - reference).norm(dim=1) / reference.norm(dim=1)).numpy()
+    @torch.no_grad()
+    def ends(self, scheduler, name: str) -> torch.Tensor:
+        """Where the run of a prepared scheduler ends; it is left prepared."""
+        noise, labels, _ = self.sets[name]
+        sample = noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            output = self.predict(scheduler_input(scheduler, sample, timestep), timestep, labels)
+            sample = scheduler.step(output, timestep, sample).prev_sample
+        return sample.flatten(1)
 
-    def peers(self, steps: int, points: list[float]) -> dict[str, dict[str, object]]:
-        """By solver and grid a scheduler of diffusers for this number of calls; `points` is a calibrated grid."""
-        found: dict[str, dict[str, object]] = {}
-        known = {key: value for key, value in self.config.items() if not key.startswith("_") and value is not None}
-        for name, (scheduler_class, options) in PEERS.items():
-            grids = found.setdefault(name, {})
-            if self.model == "flow":
-                own = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
-                for shift in SHIFTS:
-                    for flag in (None, *SIGMA_GRIDS):
-                        extra = {} if flag is None else {flag: True}
-                        grids[f"shift {shift:g} {flag or ''}"] = scheduler_class(**own, **extra, flow_shift=shift)
-            else:
-                theirs = {key: known[key] for key in ("beta_start", "beta_end", "beta_schedule") if key in known}
-                for spacing in SPACINGS:
-                    grids[spacing] = scheduler_class(**theirs, **options, timestep_spacing=spacing)
-                for flag in SIGMA_GRIDS:
-                    grids[flag] = scheduler_class(**theirs, **options, **{flag: True})
-                if scheduler_class is DPMSolverMultistepScheduler:
-                    grids["calibrated"] = Given(scheduler_class(**theirs, **options), points)
-                grids |= {
-                    f"ours {grid}": Given(scheduler_class(**theirs, **options), None, GenieScheduler.from_config(
-                        self.config, time_grid=grid)) for grid in ()
-                }
-        if self.model == "flow":
-            for name, scheduler_class in FLOW_PEERS.items():
-                found[name] = {f"shift {shift:g}": scheduler_class(shift=shift) for shift in SHIFTS}
-            sigmas = [point / 1000 for point in points]
-            found["Euler"]["calibrated"] = WithSigmas(FlowMatchEulerDiscreteScheduler(), sigmas)
-            found["UniPC-2"]["calibrated"] = WithSigmas(found["UniPC-2"]["shift 1 "], sigmas)
-            found["UniPC-3"]["calibrated"] = WithSigmas(found["UniPC-3"]["shift 1 "], sigmas)
-        return found
+    def errors(self, scheduler, name: str = "report") -> np.ndarray:
+        reference = self.sets[name][2]
+        return ((self.ends(scheduler, name) - reference).norm(dim=1) / reference.norm(dim=1)).numpy()
+
+    def prepared(self, solver: str, grid: str, calls: int, points: list[float]):
+        """A peer, on a grid; `None` where it has no such run."""
+        if self.model == "vp":
+            if grid != "calibrated":
+                return peer(solver, self.config, grid, calls)
+            scheduler = PEERS[solver]({**self.config, "clip_sample": False, "thresholding": False})
+            scheduler.set_timesteps(calls)
+            gammas = GenieScheduler.from_config(self.config).process.gamma(np.array(points))
+            return placed(scheduler, points, [*gammas, float(scheduler.sigmas[-1])])
+        if solver == "FlowMatchHeun":
+            if calls % 2 == 0 or grid == "calibrated":
+                return None
+            scheduler = FLOW_PEERS[solver](float(grid.split()[1]))
+            scheduler.set_timesteps((calls + 1) // 2)
+            return scheduler
+        scheduler = FLOW_PEERS[solver](1.0 if grid == "calibrated" else float(grid.split()[1]))
+        scheduler.set_timesteps(calls)
+        if grid == "calibrated":
+            return placed(scheduler, points, [*(np.array(points) / 1000), 0.0])
+        return scheduler
+
+    def best(self, solver: str, calls: int, points: list[float]) -> tuple[str, np.ndarray] | None:
+        """The errors of a peer on the grid that is best on the noises of the choice."""
+        grids = (*GRIDS, "calibrated") if self.model == "vp" else (*(f"shift {s:g}" for s in SHIFTS), "calibrated")
+        found = {}
+        for grid in grids:
+            scheduler = self.prepared(solver, grid, calls, points)
+            if scheduler is not None:
+                found[grid] = float(np.nan_to_num(self.errors(scheduler, "choice").mean(), nan=np.inf))
+        if not found:
+            return None
+        grid = min(found, key=found.__getitem__)
+        return grid, self.errors(self.prepared(solver, grid, calls, points))
+
+    def calibrated(self, steps, paths: int, seed: int = 0, **options) -> tuple[Calibration, GenieScheduler]:
+        """The learned sampler of `paths` paths of classes in turn."""
+        labels = [i % 10 for i in range(paths)]
+        inputs = {"class_labels": labels, "guidance_scale": self.scale, **options}
+        calibration = Calibration(self.pipe, steps, seed=seed, **inputs)
+        return calibration, calibration.run()
+
+    def errors_of(self, scheduler: GenieScheduler, calls: int) -> np.ndarray:
+        scheduler.set_timesteps(calls)
+        return self.errors(scheduler)
+
+
+def scheduler_input(scheduler, sample: torch.Tensor, timestep) -> torch.Tensor:
+    return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def placed(scheduler, timesteps, sigmas):
+    """A scheduler of diffusers that calls the model at points of our choice."""
+    scheduler.timesteps = torch.tensor(timesteps, dtype=scheduler.timesteps.dtype)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def stated(errors: np.ndarray) -> dict:
+    return {"error": float(errors.mean()), "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5)}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """By guidance scale, sampler and number of calls."""
+    report: dict = {}
+    for scale in args.guidance_scales or SCALES[args.model]:
+        rows: dict[str, dict] = {}
+        report[f"{scale:g}"] = rows
+        bench = Bench(args.model, scale, args)
+        cost = {}
+        for name, options in (
+            ("calibrated", {}),
+            ("calibrated, rows one after the other", {"refinements": 0}),
+            ("calibrated, 16 paths", {"paths": 16}),
+        ):
+            begun = time.perf_counter()
+            calibration, scheduler = bench.calibrated(args.calls, **{"paths": args.paths, **options})
+            cost[name] = {"calls": calibration.calls, "seconds": round(time.perf_counter() - begun)}
+            rows[name] = {
+                str(n): stated(bench.errors_of(scheduler, n)) | {"grid": calibration.fits[n].grid} for n in args.calls
+            }
+            if name == "calibrated":
+                points = {n: scheduler.config.tables[str(n)]["timesteps"] for n in args.calls}
+            print(scale, name, {n: round(cell["error"], 4) for n, cell in rows[name].items()}, cost[name], flush=True)
+        rows["GenieScheduler, nothing attached"] = {
+            str(n): stated(bench.errors_of(GenieScheduler.from_config(bench.config), n)) for n in args.calls
+        }
+        for solver in VP_PEERS if args.model == "vp" else FLOW_PEERS:
+            rows[solver] = {}
+            for calls in args.calls:
+                found = bench.best(solver, calls, points[calls])
+                if found is not None:
+                    rows[solver][str(calls)] = stated(found[1]) | {"grid": found[0]}
+            print(scale, solver, {n: round(cell["error"], 4) for n, cell in rows[solver].items()}, flush=True)
+        report[f"{scale:g}"] = {"errors": rows, "cost": cost}
+    return report
+
+
+def text_of(report: dict, args: argparse.Namespace) -> str:
+    """The tables of a report."""
+    peers = VP_PEERS if args.model == "vp" else tuple(FLOW_PEERS)
+    parts = [
+        f"Written by `python benchmarks/calibration.py --model {args.model}`: mean relative error to the converged "
+        f"solution over {args.noises} noises, its standard error, and in brackets the ratio to the best peer's. "
+        f"Fitted to {args.paths} paths; peers on their best grids, chosen on {args.choice_noises} other noises."
+    ]
+    for scale, found in report.items():
+        rows = found["errors"]
+        best = {n: min(rows[p][n]["error"] for p in peers if n in rows.get(p, {})) for n in map(str, args.calls)}
+        lines = ["| Model calls | " + " | ".join(map(str, args.calls)) + " |", "|---" * (len(args.calls) + 1) + "|"]
+        for name, row in rows.items():
+            cells = []
+            for n in map(str, args.calls):
+                cell = row.get(n)
+                text = "" if cell is None else f"{cell['error']:.4f} ± {cell['standard_error']:.4f}"
+                cells.append(text + (f" ({cell['error'] / best[n]:.2f})" if cell and name not in peers else ""))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cost = "; ".join(
+            f"{name}: {c['calls']} calls of a batch, {c['seconds']} s" for name, c in found["cost"].items()
+        )
+        parts.append(f"## w = {scale}\n\n" + "\n".join(lines) + f"\n\n{cost}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def curves(args: argparse.Namespace) -> dict:
+    """Errors of 8 calls at w = 1 and 3 against paths and recorded calls, and of one table at other scales."""
+    found: dict = {"calls": 8, "paths": {}, "teacher_steps": {}, "scales": {}}
+    for scale in (1.0, 3.0):
+        bench = Bench(args.model, scale, args)
+        for paths in (1, 2, 4, 8, 16, 32, 64):
+            errors = [bench.errors_of(bench.calibrated(8, paths, seed)[1], 8).mean() for seed in (0, 1000)]
+            found["paths"].setdefault(f"{scale:g}", {})[paths] = list(map(float, errors))
+            print(scale, "paths", paths, errors, flush=True)
+        for count in (15, 20, 30, 60, 120):
+            error = bench.errors_of(bench.calibrated(8, 8, teacher_steps=count)[1], 8).mean()
+            found["teacher_steps"].setdefault(f"{scale:g}", {})[count] = float(error)
+            print(scale, "recorded calls", count, error, flush=True)
+    benches = {scale: Bench(args.model, scale, args) for scale in (1.0, 2.0, 3.0, 5.0, 7.5)}
+    learned = {f"{scale:g}": benches[scale].calibrated(8, 8)[1] for scale in (1.0, 3.0, 5.0, 7.5)}
+    learned["1, 3, 5, 7.5"] = benches[1.0].calibrated(8, 8, guidance_scale=(1.0, 3.0, 5.0, 7.5))[1]
+    for name, scheduler in learned.items():
+        row = {f"{scale:g}": float(bench.errors_of(scheduler, 8).mean()) for scale, bench in benches.items()}
+        found["scales"][name] = row
+        print("fitted at", name, row, flush=True)
+    return found
+
+
+def write_curves(found: dict, folder: Path):
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    paths, teacher, scales = figure.subplots(1, 3)
+    for scale, row in found["paths"].items():
+        paths.loglog(list(map(int, row)), np.mean(list(row.values()), axis=1), marker="o", label=f"w = {scale}")
+    for scale, row in found["teacher_steps"].items():
+        teacher.loglog(list(map(int, row)), list(row.values()), marker="o", label=f"w = {scale}")
+    for name, row in found["scales"].items():
+        scales.plot(list(map(float, row)), list(row.values()), marker="o", label=f"fitted at {name}")
+    for axes, label in ((paths, "paths fitted"), (teacher, "recorded calls"), (scales, "guidance scale")):
+        axes.set(xlabel=label, ylabel=f"relative error, {found['calls']} calls")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+    figure.savefig(folder / "calibration_curves.png", dpi=120)
+    lines = ["Written by `python benchmarks/calibration.py --curves`: mean relative error of 8 calls.", ""]
+    for title, key in (("paths fitted", "paths"), ("recorded calls", "teacher_steps"), ("fitted at w", "scales")):
+        for name, row in found[key].items():
+            values = {n: np.mean(value) for n, value in row.items()}
+            what = f"{title}, w = {name}" if key != "scales" else f"{title} = {name}, used at w"
+            lines += [f"| {what} | " + " | ".join(map(str, values)) + " |", "|---" * (len(values) + 1) + "|"]
+            lines += ["| error | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |", ""]
+    (folder / "calibration_curves.md").write_text("\n".join(lines))
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="vp")
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[4, 5, 6, 8, 10])
+    parser.add_argument("--guidance_scales", type=float, nargs="+")
+    parser.add_argument("--paths", type=int, default=8)
+    parser.add_argument("--noises", type=int, default=128)
+    parser.add_argument("--choice_noises", type=int, default=16)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    args = parser.parse_args(argv)
+    diffusers.utils.logging.set_verbosity_error()
+    args.output_dir.mkdir(exist_ok=True)
+    name = "calibration_curves" if args.curves else f"calibration_{args.model}"
+    found = curves(args) if args.curves else measure(args)
+    (args.output_dir / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    if args.curves:
+        write_curves(found, args.output_dir)
+    else:
+        (args.output_dir / f"{name}.md").write_text(text_of(found, args))
+
+
+if __name__ == "__main__":
+    main()
