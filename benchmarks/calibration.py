@@ -6,8 +6,8 @@ What calibration brings: a sampler learned inside a pipeline's calls, against di
     python benchmarks/calibration.py --curves       # against the number of paths, recorded calls and guidance scales
 
 Errors are relative distances to the converged solution of the same noise, on noises that nothing was fitted to or
-chosen on, mean and standard error. Each peer is, for each number of calls, on the best of its grids: diffusers' own, those of
-solver_error.py, on flows of all shifts, and the calibrated one, chosen on other noises. Writes
+chosen on, mean and standard error. Each peer is, for each number of calls, on the best of its grids, chosen on other
+noises: diffusers' own, those of solver_error.py, on flows all shifts, and the calibrated one. Writes
 `benchmarks/results/calibration_{model}.json` and `.md`, or `calibration_curves.json`, `.md` and `.png`.
 """
 

@@ -215,6 +215,19 @@ def info(model: Model = PACKAGED_MODEL, derivative_head: Head = None):
         typer.echo(f"{name:<17}{value}")
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help="Learn a sampler for few calls of a pipeline: `genie-diffusers calibrate --help`.",
+)
+@short_errors()
+def calibrate(context: typer.Context):
+    # one definition of the arguments, that `accelerate launch -m genie_diffusers.calibration` has too
+    from .calibration.launch import main
+
+    main(context.args, "genie-diffusers calibrate")
+
+
 def load_pipeline(model: str, derivative_head: str | None, device: str | None) -> GeniePipeline:
     """The pipeline in a folder or on the Hub, as a [`GeniePipeline`]; refuses what that cannot sample."""
     if model == PACKAGED_MODEL and not Path(model).is_dir():

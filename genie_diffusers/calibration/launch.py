@@ -9,7 +9,6 @@ many there are. A run that was killed goes on from what is in `--output_dir`.
 """
 
 import argparse
-import importlib
 import json
 import shlex
 import sys
@@ -22,8 +21,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import create_repo, upload_folder
+from packaging.version import Version
 
-from ..model_card import create_model_card
+import genie_diffusers
+
+from ..model_card import create_model_card, standalone_usage
 from ..schedulers.scheduling_genie import GenieScheduler
 from .calibrate import MAX_NUMBERS, Calibration
 from .recording import SCALES, split_inputs
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="An input of the pipeline's call, as JSON or text: guidance_scale=5. A list has one for each path.",
     )
-    add("--torch_dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add("--variant", help="Of the weights' files, as in `from_pretrained`: fp16.")
     add("--offload", choices=["model", "sequential"], help="Keep on the device only what is at work.")
     add("--seed", type=int, default=0, help="Of the noise of the first path; the next one has the next seed.")
@@ -171,11 +173,13 @@ def prompts_of(name: str, count: int | None) -> list[str]:
 
 def load(args: argparse.Namespace, accelerator) -> DiffusionPipeline:
     """The pipeline, in its dtype, where it will run."""
-    options = {"torch_dtype": getattr(torch, args.torch_dtype)}
+    # the name of the argument has changed
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    options = {name: getattr(torch, args.dtype)}
     options |= {} if args.variant is None else {"variant": args.variant}
     index = json.loads((Path(args.model) / "model_index.json").read_text()) if Path(args.model).is_dir() else {}
-    own = importlib.import_module("genie_diffusers")  # pipelines of ours load by their own class
-    loader = getattr(own, str(index.get("_class_name")), DiffusionPipeline)
+    # pipelines of ours load by their own class
+    loader = getattr(genie_diffusers, str(index.get("_class_name")), DiffusionPipeline)
     pipe = loader.from_pretrained(args.model, **options)
     if args.offload is None:
         return pipe.to(accelerator.device)
@@ -258,24 +262,22 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
     logger.warning(f"The sampler of {', '.join(map(str, calibration.steps))} calls is in {folder}.")
 
 
-def usage_of(name: str, args, calibration: Calibration) -> str:
+def usage_of(name: str, args: argparse.Namespace, calibration: Calibration) -> str:
     """The code that loads the sampler."""
     model = "path/to/model" if Path(args.model).exists() else args.model
     inputs = {n: (v[0] if isinstance(v, list) else v) for n, v in calibration.inputs.items()}
-    call = ", ".join(f"{n}={v!r}" for n, v in inputs.items())
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        "from genie_diffusers import GenieScheduler",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{model}")',
-        f'pipe.scheduler = GenieScheduler.from_pretrained("{name}")',
-        f"image = pipe({call}{', ' if call else ''}num_inference_steps={max(calibration.steps)}).images[0]",
-    ]
+    given = "".join(f"{n}={v!r}, " for n, v in inputs.items())
+    call = f"pipe({given}num_inference_steps={max(calibration.steps)})"
     if args.standalone:
-        lines[1:5] = [
-            "from diffusers import AutoModel",
-            "",
-            lines[3],
-            f'pipe.scheduler = AutoModel.from_pretrained("{name}", trust_remote_code=True)',
-        ]
+        return standalone_usage(name, model, call=call)
+    own = type(calibration.pipe).__name__ if hasattr(genie_diffusers, type(calibration.pipe).__name__) else None
+    pipeline = own or "DiffusionPipeline"
+    lines = [
+        *([] if own else ["from diffusers import DiffusionPipeline"]),
+        f"from genie_diffusers import {', '.join(sorted([*([own] if own else []), 'GenieScheduler']))}",
+        "",
+        f'pipe = {pipeline}.from_pretrained("{model}")',
+        f'pipe.scheduler = GenieScheduler.from_pretrained("{name}")',
+        f"image = {call}.images[0]",
+    ]
     return "\n".join(lines)

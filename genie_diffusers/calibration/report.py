@@ -114,7 +114,10 @@ def held_out_errors(
         batches (sequence of [`Batch`]): Paths that it was not fitted to.
     """
     reference = solved(calibration, batches, 2 * calibration.teacher_steps)
-    samplers: dict[str, SchedulerMixin | None] = {"calibrated": scheduler, "GenieScheduler": calibration.solver}
+    samplers: dict[str, SchedulerMixin | None] = {
+        "calibrated": scheduler,
+        "GenieScheduler, not calibrated": calibration.solver,
+    }
     samplers |= {name: peer(name, calibration.solver) for name in PEERS}
     errors: dict[str, dict[int, np.ndarray]] = {}
     for name, sampler in samplers.items():
@@ -126,7 +129,7 @@ def held_out_errors(
                 distances = (ends - reference).norm(dim=1) / reference.norm(dim=1)
                 errors.setdefault(name, {})[steps] = distances.numpy()
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            if name in ("calibrated", "GenieScheduler"):
+            if name not in PEERS:
                 raise
             logger.warning(f"{PEERS[name]} is left out of the comparison: this pipeline cannot use it ({error}).")
             errors.pop(name, None)
@@ -190,7 +193,9 @@ def pictures(calibration: Calibration, scheduler: GenieScheduler, batch: Batch, 
                 pipe.scheduler = sampler
                 call = {"generator": batch.generators(), **batch.inputs, "output_type": "pil", "return_dict": False}
                 rows.append(pipe(num_inference_steps=count, **call)[0])
-        make_image_grid([image for row in rows for image in row], len(rows), len(rows[0])).save(path)
+        enlarged = max(1, 64 // rows[0][0].width)  # small ones can be looked at too
+        images = [image.resize([enlarged * side for side in image.size], 0) for row in rows for image in row]
+        make_image_grid(images, len(rows), len(rows[0])).save(path)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         logger.warning(f"There is no picture in the card: {type(pipe).__name__} made none ({error}).")
         return None

@@ -214,11 +214,17 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         self._tell("forget")
 
     def learned_table(self, num_inference_steps: int) -> Table | None:
-        """The table of this number of model calls: that of the attached source, or of the configuration's `tables`."""
+        """The table of this number of model calls: that of the configuration's `tables`, or of the attached source."""
         term = self._term
         of_source = getattr(self._slope_source, "tables", None) if self.inherits_tables else None
-        for tables in (of_source, self.config.get("tables")):
-            entry = entries(tables).get(str(num_inference_steps))
+        found = [entries(tables).get(str(num_inference_steps)) for tables in (self.config.get("tables"), of_source)]
+        if None not in found:
+            self._say(
+                f"`tables` of the configuration and those of the attached head both have {num_inference_steps} model "
+                "calls: those of the configuration are followed. `from_config(config, tables=None)` leaves it to the "
+                "head."
+            )
+        for entry in found:
             if entry is None:
                 continue
             table = Table.from_dict(entry, self.process, num_inference_steps)

@@ -200,3 +200,19 @@ def test_a_table_that_is_not_followed_says_so_once(caplog):
         scheduler.set_timesteps(3)
     (record,) = [record for record in caplog.records if "`tables`" in record.message]
     assert "of 3 model calls weigh a residual, which nothing that is attached provides" in record.message
+
+
+def test_tables_of_the_configuration_go_before_those_of_a_head_and_say_so(noise, caplog):
+    other = {
+        "3": {"timesteps": [900, 500, 100], "rows": ROWS},
+        "4": {"timesteps": [900, 500, 300, 100], "rows": [*ROWS[:2], ROWS[1], ROWS[2]]},
+    }
+    scheduler = GenieScheduler(tables=TABLES)
+    scheduler.attach(source_of("residual", other))
+    for _ in range(2):
+        draw(scheduler, 3, noise(4, 2))
+    assert scheduler.timesteps.tolist() == [950, 600, 150]
+    (message,) = caplog.messages
+    assert "both have 3 model calls: those of the configuration are followed" in message
+    draw(scheduler, 4, noise(4, 2))
+    assert scheduler.timesteps.tolist() == [900, 500, 300, 100]
