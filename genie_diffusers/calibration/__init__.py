@@ -1,5 +1,5 @@
 """Calibration: samplers learned for any pipeline, by forward passes alone."""
 
-from .calibrate import Calibration, calibrate
+from .calibrator import Calibration, calibrate
 
 __all__ = ["Calibration", "calibrate"]

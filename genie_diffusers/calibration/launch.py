@@ -27,7 +27,7 @@ import genie_diffusers
 
 from ..model_card import create_model_card, standalone_usage
 from ..schedulers.scheduling_genie import GenieScheduler
-from .calibrate import MAX_NUMBERS, Calibration
+from .calibrator import MAX_NUMBERS, Calibration
 from .recording import SCALES, split_inputs
 from .report import held_out_errors, pictures, plot, table_of_errors
 

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, make_image_grid
 
 from ..schedulers.scheduling_genie import GenieScheduler
-from .calibrate import Calibration
+from .calibrator import Calibration
 from .recording import Batch, Probe, Seen, quiet, recording_points, watch
 
 logger = logging.get_logger(__name__)

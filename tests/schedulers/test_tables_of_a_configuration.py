@@ -175,17 +175,6 @@ def test_a_source_of_residuals_without_tables_leaves_the_solver_alone(noise):
     assert scheduler.table == plain.table
 
 
-def test_tables_of_the_source_go_before_those_of_the_configuration(noise):
-    scheduler = GenieScheduler(tables=TABLES)
-    other = {"3": {**TABLES["3"], "timesteps": [900, 500, 100]}}
-    scheduler.attach(source_of("residual", other))
-    scheduler.set_timesteps(3)
-    assert scheduler.timesteps.tolist() == [900, 500, 100]
-    scheduler.attach(None)
-    scheduler.set_timesteps(3)
-    assert scheduler.timesteps.tolist() == [950, 600, 150]
-
-
 def test_tables_of_a_source_are_for_the_solver_that_has_sources(noise):
     """gDDIM in a pipeline whose UNet has a step head is gDDIM."""
     for solver in (GDDIMScheduler, RESScheduler, QuasiTaylorScheduler):
