@@ -21,10 +21,10 @@ from .fitting import (
     columns_of,
     ddim_weights,
     fit_row,
+    joint_step,
     missed_by,
     nearest_points,
     optimal_grids,
-    refined,
     table_of,
     whitened,
 )
@@ -157,7 +157,7 @@ class Fit:
     levels: Levels
     weights: list[np.ndarray]
     errors: np.ndarray
-    damping: float | None = None
+    refined: bool = False
 
     @property
     def error(self) -> float:
@@ -452,7 +452,7 @@ class Calibration:
         if self.num_paths >= 2 * MIN_PATHS:
             best = min(fits[:FINALISTS], key=self.held_out_error)
         for _ in range(self.refinements):
-            better = self.refined(best)
+            better = self.moved_together(best)
             if better is None:
                 break
             best = better
@@ -516,43 +516,63 @@ class Calibration:
 
         self._watched(batch, lambda probe: levels.timesteps, visit, len(points))
 
-    def refined(self, fit: Fit) -> Fit | None:
-        """The sampler after one step of all its weights together; `None` if that brings nothing."""
-        products, ends = self._ends(fit, fit.weights, with_products=True)
-        directions: list[tuple[int, np.ndarray]] = []
+    def moved_together(self, fit: Fit) -> Fit | None:
+        """The sampler after one step of all its numbers together; `None` if that brings nothing."""
+        products, ends = self._ends(fit, with_products=True)
+        moves: list[tuple[Callable[[Fit, float], Fit], float]] = []
         for index, of_paths in enumerate(products):
-            matrix = whitened(np.mean(of_paths, axis=0))
-            directions += [(index, matrix[:, column]) for column in range(len(matrix))]
-        moved: dict[int, list[torch.Tensor]] = {number: [] for number in ends}
-        for index, direction in directions:
-            nudged = [w + NUDGE * direction if i == index else w for i, w in enumerate(fit.weights)]
-            for number, end in self._ends(fit, nudged)[1].items():
-                moved[number].append((end - ends[number]) / NUDGE)
+            for direction in whitened(np.mean(of_paths, axis=0)).T:
+                moves.append((functools.partial(self._with_weights, index=index, direction=direction), NUDGE))
+        rows = len(moves)
+        gaps = -np.diff(np.append(fit.levels.timesteps, self.process.timestep_min))
+        for index in range(1, len(gaps)):
+            moves.append((functools.partial(self._with_time, index=index), 0.1 * min(gaps[index - 1 : index + 1])))
+        changes: dict[int, list[torch.Tensor]] = {number: [] for number in ends}
+        for move, length in moves:
+            for number, end in self._ends(move(fit, length))[1].items():
+                changes[number].append((end - ends[number]) / length)
         own = {}
         for number, end in ends.items():
-            changes = [change[None] for change in (*moved[number], end - self.targets[number][-1])]
-            own[number] = products_of(changes)[0] / self.norms[number] ** 2
-        of_paths = self.gathered(own)
-        step, damping, _ = refined(of_paths)
-        if not np.isfinite(damping):
-            return None
-        weights = [w.copy() for w in fit.weights]
-        for (index, direction), length in zip(directions, step, strict=True):
-            weights[index] += length * direction
-        found = self._ends(fit, weights)[1]
-        distances = {
-            number: np.array(float((end - self.targets[number][-1]).norm()) / self.norms[number])
-            for number, end in found.items()
-        }
-        errors = np.array(self.gathered(distances))
-        if not errors.mean() < fit.error:
-            return None
-        return dataclasses.replace(fit, weights=weights, errors=errors, damping=damping)
+            columns = [change[None] for change in (*changes[number], end - self.targets[number][-1])]
+            own[number] = products_of(columns)[0] / self.norms[number] ** 2
+        of_paths = np.stack(self.gathered(own))
+        # a unit of time moves the final sample by a root mean square of one, as one of a weight moves the next sample
+        unit = np.ones(len(moves) + 1)
+        unit[rows:-1] = 1 / np.sqrt(np.maximum(np.diagonal(of_paths.mean(axis=0))[rows:-1], np.finfo(float).tiny))
+        of_paths *= np.outer(unit, unit)
+        best = None
+        # moved calls are further from what is linear than other weights are: only if they are better when tried
+        for kept in ([*range(rows)], [*range(len(moves))]):
+            columns = [*kept, len(moves)]
+            step = joint_step(of_paths[:, columns][:, :, columns])
+            tried = fit
+            for (move, _), length, one in zip(moves, step, unit, strict=False):
+                tried = move(tried, length * one)
+            own = {
+                number: np.array(float((end - self.targets[number][-1]).norm()) / self.norms[number])
+                for number, end in self._ends(tried)[1].items()
+            }
+            tried = dataclasses.replace(tried, errors=np.array(self.gathered(own)), refined=True)
+            if tried.error < (fit if best is None else best).error:
+                best = tried
+        return best
 
-    def _ends(self, fit: Fit, weights: Sequence[np.ndarray], with_products: bool = False):
+    def _with_weights(self, fit: Fit, length: float, index: int, direction: np.ndarray) -> Fit:
+        weights = list(fit.weights)
+        weights[index] = weights[index] + length * direction
+        return dataclasses.replace(fit, weights=weights)
+
+    def _with_time(self, fit: Fit, length: float, index: int) -> Fit:
+        """With the call `index` moved, by at most two fifths of the way to its neighbours."""
+        timesteps = np.array(fit.levels.timesteps, dtype=np.float64)
+        before, here, after = (*timesteps, self.process.timestep_min)[index - 1 : index + 2]
+        timesteps[index] = np.clip(here + length, here - 0.4 * (here - after), here + 0.4 * (before - here))
+        return dataclasses.replace(fit, levels=self._levels(timesteps))
+
+    def _ends(self, fit: Fit, with_products: bool = False):
         """Where runs end, by path, and for each step the products of what it weighs, of all paths in order."""
         ends: dict[int, torch.Tensor] = {}
-        products: list[dict[int, np.ndarray]] = [{} for _ in weights]
+        products: list[dict[int, np.ndarray]] = [{} for _ in fit.weights]
         for batch in self.batches:
             columns = Columns(fit.levels, self.parametrisation)
 
@@ -562,14 +582,14 @@ class Calibration:
                     found = products_of([self.coordinates.of(tensor, len(batch)) for tensor in tensors])
                     for i, number in enumerate(batch.numbers):
                         products[index][number] = found[i] / self.norms[number] ** 2
-                following = weighted(weights[index], tensors, sample.dtype)
-                if index + 1 < len(weights):
+                following = weighted(fit.weights[index], tensors, sample.dtype)
+                if index + 1 < len(fit.weights):
                     return following
                 for number, end in zip(batch.numbers, self.coordinates.of(following, len(batch)), strict=True):
                     ends[number] = end
                 raise Seen
 
-            self._watched(batch, lambda probe: fit.levels.timesteps, visit, len(weights))
+            self._watched(batch, lambda probe: fit.levels.timesteps, visit, len(fit.weights))
         return [self.gathered(own) for own in products] if with_products else [], ends
 
     # --- what is kept ----------------------------------------------------------------------------------------------
@@ -625,13 +645,13 @@ class Calibration:
         table = Table.from_dict(kept["table"], self.process, count)
         errors = np.array(kept["errors"])
         self.fits[count] = Fit(
-            kept["grid"], [], self._levels(np.asarray(table.timesteps)), [], errors, kept["damping"]
+            kept["grid"], [], self._levels(np.asarray(table.timesteps)), [], errors, kept["refined"]
         )
         return kept["table"]
 
     def _keep(self, count: int, entry: dict, fit: Fit):
         if self.folder is not None and self.is_main:
-            kept = {"table": entry, "grid": fit.grid, "errors": fit.errors.tolist(), "damping": fit.damping}
+            kept = {"table": entry, "grid": fit.grid, "errors": fit.errors.tolist(), "refined": fit.refined}
             text = json.dumps(kept, indent=2) + "\n"
             _write(self.folder / f"table-{count}.json", lambda partial: Path(partial).write_text(text))
 

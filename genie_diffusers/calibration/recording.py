@@ -60,6 +60,10 @@ class Probe(GenieScheduler):
         super().set_timesteps(num_inference_steps, device, None, sigmas, mu)  # of which the shift is known
         super().set_timesteps(timesteps=self.points(self).tolist(), device=device, mu=mu)
 
+    def _custom_points(self, timesteps, sigmas):
+        """Real timesteps too: those of a learned table are."""
+        return np.asarray(timesteps, dtype=np.float64) if sigmas is None else super()._custom_points(timesteps, sigmas)
+
     def set_begin_index(self, begin_index: int = 0):
         if begin_index:
             raise ValueError(

@@ -61,8 +61,8 @@ class TakesSource:
                 default of one with `tables`); `tables`, learned tables as in the configuration, whose own go
                 before them; `bind(process, prediction_type)`, called whenever the timesteps are set, which raises if
                 the two do not fit; `acquire()`, called now, and `release()`, when the source is replaced or the
-                scheduler is gone; `begin()`, called when a run begins, and `forget()`, when a step is taken without the
-                source.
+                scheduler is gone; `begin()`, called when a run begins, and `forget()`, when a step is taken without
+                the source.
 
         An attachment is not part of the configuration: attach again after `from_config` or loading. A copy of the
         scheduler shares it.

@@ -8,8 +8,9 @@ import torch
 from conftest_toy import ToyPipeline, ends, error
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from genie_diffusers import GenieScheduler, calibrate
+from genie_diffusers import GenieScheduler, Table, calibrate
 from genie_diffusers.calibration import Calibration
+from genie_diffusers.core import Parametrisation, run
 
 
 @pytest.mark.parametrize("kind", ["vp_pipeline", "flow_pipeline"])
@@ -258,3 +259,41 @@ def test_another_mu_is_said_once(caplog):
         learned.set_timesteps(sigmas=np.linspace(1, 0.25, 4), mu=1.15)
     (message,) = caplog.messages
     assert "learned at `mu=0.8`, and this run has `mu=1.15`" in message
+
+
+# --- one model on two paths ------------------------------------------------------------------------------------------
+
+
+def test_a_table_serves_the_same_model_as_a_flow(vp_pipeline):
+    """x/(α + σ) of a variance-preserving model is a flow: with rows scaled alike, the pictures are the same."""
+    entry = calibrate(vp_pipeline, 5, num_paths=4).config.tables["5"]
+    table = Table.from_dict(entry, vp_pipeline.scheduler.process, 5)
+    scale = table.alphas + table.sigmas
+    rows = [
+        {
+            term: weight * (scale[index] if term[0] == "sample" else 1.0) / scale[index + 1]
+            for term, weight in row.items()
+        }
+        for index, row in enumerate(table.rows)
+    ]
+    sigmas = table.sigmas / scale
+    as_flow = Table(1000 * sigmas[:-1], table.alphas / scale, sigmas, rows)
+    assert (
+        GenieScheduler(prediction_type="flow_prediction", tables={"5": as_flow.to_dict()}).learned_table(5) == as_flow
+    )
+    levels = {float(t): (a, s) for t, a, s in zip(table.timesteps, table.alphas, table.sigmas, strict=False)}
+    mixture = vp_pipeline.mixture
+    noise = torch.randn(6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def noise_model(sample, timestep):
+        return mixture.noise(sample, *levels[float(timestep)])
+
+    def flow_model(sample, timestep):
+        alpha, sigma = float(1 - timestep / 1000), float(timestep / 1000)
+        norm = np.hypot(alpha, sigma)
+        noise = mixture.noise(sample / norm, alpha / norm, sigma / norm)
+        return (noise - sample) / alpha  # z − x_0 with x_0 = (x − σ z)/α
+
+    found = run(table, noise_model, noise, Parametrisation("epsilon"))
+    same = run(as_flow, flow_model, noise / scale[0], Parametrisation("flow_prediction"))
+    torch.testing.assert_close(same, found, rtol=1e-9, atol=1e-9)
