@@ -119,6 +119,7 @@ class Coordinates:
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.kept: torch.Tensor | None = None
+        self.is_doubled: bool | None = None
 
     def choose(self, size: int):
         """Which of `size` numbers are kept: the same in every run and process."""
@@ -134,7 +135,10 @@ class Coordinates:
                 f"`pipe` steps a sample of shape {tuple(batch.shape)} for {paths} paths, which its first dimension is "
                 "no multiple of. Pass `max_batch_size=1`."
             )
-        rows = batch.detach().reshape(paths, -1)
+        if self.is_doubled is None:  # DiT steps its samples side by side with copies, for guidance
+            halves = batch.chunk(2)
+            self.is_doubled = batch.shape[0] == 2 * paths and torch.equal(*halves)
+        rows = (batch[:paths] if self.is_doubled else batch).detach().reshape(paths, -1)
         self.choose(rows.shape[1])
         if self.kept is not None:
             rows = rows[:, self.kept.to(rows.device)]
