@@ -261,7 +261,7 @@ def instruct_pix2pix():
     return pipe, {"prompt": PROMPTS, "image": [picture(1), picture(2)], "guidance_scale": 5.0}
 
 
-def stable_diffusion_xl():
+def stable_diffusion_xl(**schedule):
     pipe = StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip_text_encoder(),
@@ -269,12 +269,12 @@ def stable_diffusion_xl():
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=xl_unet(),
-        scheduler=EulerDiscreteScheduler(**STABLE_DIFFUSION),
+        scheduler=EulerDiscreteScheduler(**STABLE_DIFFUSION, **schedule),
     )
     return pipe, {"prompt": PROMPTS, "guidance_scale": 5.0, "height": 16, "width": 16}
 
 
-def stable_diffusion_xl_refiner():
+def stable_diffusion_xl_refiner(**schedule):
     """What goes on where the base has stopped: one text encoder, and an aesthetic score instead of a target size."""
     pipe = StableDiffusionXLImg2ImgPipeline(
         vae=vae(),
@@ -283,7 +283,7 @@ def stable_diffusion_xl_refiner():
         tokenizer=None,
         tokenizer_2=clip_tokenizer(),
         unet=xl_unet(times=5, cross_attention_dim=16),
-        scheduler=EulerDiscreteScheduler(**STABLE_DIFFUSION),
+        scheduler=EulerDiscreteScheduler(**STABLE_DIFFUSION, **schedule),
         requires_aesthetics_score=True,
     )
     return pipe, {"prompt": PROMPTS, "guidance_scale": 5.0}
@@ -364,7 +364,8 @@ def pixart_transformer(**options) -> PixArtTransformer2DModel:
             out_channels=8,
             use_additional_conditions=False,
             **options,
-        )
+        ),
+        output_scale=1.0,
     )
 
 
@@ -439,7 +440,8 @@ def latte():
             norm_elementwise_affine=False,
             norm_eps=1e-6,
             video_length=2,
-        )
+        ),
+        output_scale=1.0,
     )
     pipe = LattePipeline(
         tokenizer=word_tokenizer(),
@@ -504,7 +506,8 @@ def dit():
             num_embeds_ada_norm=1000,
             norm_type="ada_norm_zero",
             norm_elementwise_affine=False,
-        )
+        ),
+        output_scale=1.0,
     )
     pipe = DiTPipeline(transformer=transformer, vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
     return pipe, {"class_labels": [1, 2], "guidance_scale": 4.0}
