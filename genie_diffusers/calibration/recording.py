@@ -18,6 +18,17 @@ from .fitting import columns_of, prediction_term
 REPEATS = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 #: inputs of a call that take one number for all pictures; several of them make groups of paths
 SCALES = ("guidance_scale", "true_cfg_scale")
+#: inputs of a call whose lists are not one for each path, but for each adapter, ControlNet or layer
+SHARED_LISTS = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+    "adapter_conditioning_scale",
+    "skip_guidance_layers",
+    "callback_on_step_end_tensor_inputs",
+)
 
 
 class Seen(Exception):
@@ -210,6 +221,7 @@ def split_inputs(
         )
     values = dict(inputs)
     scales = {name: list(values.pop(name)) for name in SCALES if isinstance(values.get(name), (list, tuple))}
+    shared = {name: values.pop(name) for name in [*values] if _is_for_all(pipe, name, values[name])}
     lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -246,11 +258,22 @@ def split_inputs(
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
             call = {name: _of_paths(value, part, count) for name, value in values.items()}
-            call |= dict(zip(scales, scale, strict=True))
+            call |= shared | dict(zip(scales, scale, strict=True))
             if repeat is not None:
                 call[repeat] = len(part)
             batches.append(Batch(part, call, seed))
     return count, batches
+
+
+def _is_for_all(pipe: Any, name: str, value: Any) -> bool:
+    """Whether a list belongs to all paths: of several ControlNets each takes one picture, or a path a list of them."""
+    if not isinstance(value, list):
+        return False
+    several = any("Multi" in type(getattr(pipe, part, None)).__name__ for part in ("controlnet", "adapter"))
+    control = "control_image" if "control_image" in inspect.signature(type(pipe).__call__).parameters else "image"
+    if several and name == control:
+        return not any(isinstance(one, list) for one in value)
+    return name in SHARED_LISTS
 
 
 def _of_paths(value: Any, numbers: list[int], count: int) -> Any:

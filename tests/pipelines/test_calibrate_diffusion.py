@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from genie_diffusers import GenieScheduler, calibrate
 from genie_diffusers.calibration import Calibration
+from genie_diffusers.calibration.recording import split_inputs
 from genie_diffusers.core.table import Table
 from tests.pipelines.tiny_diffusion import FAMILIES, image_to_image, stable_diffusion_xl, stable_diffusion_xl_refiner
 
@@ -118,7 +119,17 @@ def errors(pipe, inputs, steps: int, learned: GenieScheduler, **options) -> tupl
 
 #: a minute together
 LONG = ("sd-inpainting-4", "sd-inpainting-9", "sd-controlnet", "sd-instruct-pix2pix", "sdxl", "kolors")
-LONG += ("animatediff", "hunyuan-dit", "latte", "audioldm2", "ddpm", "ddim")
+LONG += (
+    "sd-two-controlnets",
+    "sd-ip-adapter",
+    "sd-upscale",
+    "animatediff",
+    "hunyuan-dit",
+    "latte",
+    "audioldm2",
+    "ddpm",
+    "ddim",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in FAMILIES])
@@ -181,6 +192,26 @@ def test_negative_prompts_and_rescaled_guidance_reach_every_path():
     inputs["negative_prompt"] = ["a bird"] * 2
     ours, solver = errors(pipe, inputs, 4, learned)
     assert ours < 0.5 * solver, (ours, solver)
+
+
+def test_lists_for_adapters_belong_to_all_paths():
+    """However the paths are split; a list of lists has one for each path, as in diffusers."""
+    pipe, inputs = made("sd-two-controlnets")
+    three = {**inputs, "prompt": ["a cat", "a dog", "a bird"]}
+    count, batches = split_inputs(pipe, three, None, 0, 2)
+    assert count == 3 and [batch.numbers for batch in batches] == [[0, 1], [2]]
+    for batch in batches:
+        assert batch.inputs["image"] == inputs["image"]
+        assert batch.inputs["controlnet_conditioning_scale"] == [0.5, 0.3]
+    nested = [inputs["image"]] * 3
+    _, batches = split_inputs(pipe, {**three, "image": nested}, None, 0, 2)
+    assert [batch.inputs["image"] for batch in batches] == [nested[:2], nested[2:]]
+    one, given = made("sd-controlnet")
+    _, batches = split_inputs(one, given, None, 0, 1)
+    assert [batch.inputs["image"] for batch in batches] == [[picture] for picture in given["image"]]
+    adapted, given = made("sd-ip-adapter")
+    _, batches = split_inputs(adapted, given, None, 0, 1)
+    assert [batch.inputs["ip_adapter_image_embeds"] for batch in batches] == [given["ip_adapter_image_embeds"]] * 2
 
 
 def test_pictures_as_inputs_are_told_apart_in_a_folder(tmp_path):

@@ -48,6 +48,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -251,9 +252,50 @@ def control_net():
     return pipe, {"prompt": PROMPTS, "image": [picture(1), picture(2)], "guidance_scale": 5.0}
 
 
+def two_control_nets():
+    """Of which each takes one of the pictures, for all paths."""
+    pipe = stable_diffusion(StableDiffusionControlNetPipeline, controlnet=[tiny_control_net(), tiny_control_net(1)])
+    images, scales = [picture(1), picture(2)], [0.5, 0.3]
+    return pipe, {"prompt": PROMPTS, "image": images, "controlnet_conditioning_scale": scales, "guidance_scale": 5.0}
+
+
 @functools.cache
-def tiny_control_net():
-    return random_weights(lambda: ControlNetModel.from_unet(text_unet(), conditioning_embedding_out_channels=(8, 16)))
+def tiny_control_net(seed: int = 0):
+    return random_weights(
+        lambda: ControlNetModel.from_unet(text_unet(), conditioning_embedding_out_channels=(8, 16)), seed
+    )
+
+
+def ip_adapter():
+    pipe = stable_diffusion()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    projection = {"proj.weight": drawn(4 * 16, 8), "proj.bias": torch.zeros(4 * 16)}
+    projection |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    attentions = [name.removesuffix(".processor") for name in pipe.unet.attn_processors if "attn2" in name]
+    weights = {}
+    for number, name in enumerate(attentions):
+        shape = pipe.unet.get_submodule(name).to_k.weight.shape
+        weights |= {f"{2 * number + 1}.{part}.weight": drawn(*shape) for part in ("to_k_ip", "to_v_ip")}
+    pipe.unet._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": weights})
+    # one adapter, and its picture without and with guidance
+    return pipe, {"prompt": PROMPTS, "ip_adapter_image_embeds": [10 * drawn(2, 1, 8)], "guidance_scale": 5.0}
+
+
+def upscaling():
+    pipe = StableDiffusionUpscalePipeline(
+        vae=vae(),
+        text_encoder=clip_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        unet=text_unet(7, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(),
+        scheduler=DDIMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction", clip_sample=False),
+    )
+    images = [picture(seed).resize((8, 8)) for seed in (1, 2)]
+    return pipe, {"prompt": PROMPTS, "image": images, "guidance_scale": 5.0}
 
 
 def instruct_pix2pix():
@@ -620,6 +662,9 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "sd-inpainting-4": functools.partial(inpainting, 4),
     "sd-inpainting-9": functools.partial(inpainting, 9),
     "sd-controlnet": control_net,
+    "sd-two-controlnets": two_control_nets,
+    "sd-ip-adapter": ip_adapter,
+    "sd-upscale": upscaling,
     "sd-instruct-pix2pix": instruct_pix2pix,
     "sdxl": stable_diffusion_xl,
     "kolors": kolors,
