@@ -326,6 +326,20 @@ def test_a_base_and_a_refiner_share_a_run():
     assert whole.isfinite().all()
 
 
+def test_a_refiner_with_nothing_left_to_do_says_so():
+    """With few calls a table need not call the model in the last fifth at all."""
+    base, inputs = made("sdxl")
+    refiner, refined = quietly(stable_diffusion_xl_refiner())
+    base.scheduler = refiner.scheduler = GenieScheduler.from_config(base.scheduler.config)
+    for pipe in (base, refiner):
+        pipe.scheduler.register_to_config(time_grid="linear")
+    latents = draw(base, inputs, 2, denoising_end=0.8)
+    base.scheduler.set_timesteps(2)
+    last = f"{float(base.scheduler.timesteps[-1]):g}"
+    with pytest.raises(ValueError, match=f"the pipeline asks for lies after its last timestep, {last}. Take more"):
+        draw(refiner, refined, 2, image=latents, denoising_start=0.8)
+
+
 def test_a_part_of_a_run_is_not_learned():
     pipe, inputs = made("sdxl")
     with pytest.raises(ValueError, match="`denoising_end` must be left out, got 0"):
