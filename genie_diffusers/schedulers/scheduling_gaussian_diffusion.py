@@ -50,6 +50,8 @@ class GaussianDiffusionScheduler(TableScheduler):
             The variances themselves, instead of the three above.
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Rescale to zero terminal signal-to-noise ratio.
+        snr_shift_scale (`float`, defaults to 1.0):
+            By which all signal-to-noise ratios α²/σ² of the schedule are divided before that, as in CogVideoX.
         continuous (`bool`, defaults to `False`):
             Use the analytic process β(τ) = N·(beta_start + (beta_end − beta_start)·τ), τ ∈ [10⁻³, 1], N =
             `num_train_timesteps`, for models trained in continuous time; the model is called with (N − 1)·τ.
@@ -102,6 +104,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         continuous: bool = False,
         prediction_type: str = "epsilon",
         variance_type: str | None = None,
@@ -141,6 +144,9 @@ class GaussianDiffusionScheduler(TableScheduler):
             own = {"prediction_type": "flow_prediction", **flow}
             config_dict = {"beta_schedule": "linear", **own, **config_dict}
         _check_diffusion(config_dict)
+        # diffusers drops what was a default in the other class; what describes the model is not the solver's to choose
+        defaults = set(config_dict.get("_use_default_values", ())) - set(VariancePreserving.CONFIG_KEYS)
+        config_dict = {**config_dict, "_use_default_values": sorted(defaults)}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
@@ -343,9 +349,8 @@ def _check_diffusion(config: Mapping):
             + ", ".join(f"`{key}={config[key]!r}`" for key in found)
             + "), or a flow-matching model: EDM, variance-exploding and consistency models need their own schedulers."
         )
-    if config.get("snr_shift_scale") not in (None, 1, 1.0) or config.get("timestep_type") == "continuous":
+    if config.get("timestep_type") == "continuous":
         raise ValueError(
-            "`config` must describe a model whose noise levels are those of its betas and that is called with integer "
-            f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
-            f"`timestep_type={config.get('timestep_type')!r}`."
+            "`config` must describe a model that is called with the timesteps of its noise schedule, got "
+            "`timestep_type='continuous'`."
         )
