@@ -305,9 +305,11 @@ def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
         call.setdefault("output_type", "latent")
     try:
         pipe(**call)
-    except Seen:
-        # what the end of the call would have done for offloaded models
+    except BaseException as stopped:
+        # what the end of the call would have done for offloaded models and caches
         getattr(pipe, "maybe_free_model_hooks", lambda: None)()
+        if not isinstance(stopped, Seen):
+            raise
         return False
     if not probe.visited:
         raise ValueError(f"A call of {type(pipe).__name__} did not step `pipe.scheduler`: it cannot be calibrated.")

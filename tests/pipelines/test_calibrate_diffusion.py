@@ -305,6 +305,20 @@ def test_what_was_done_to_a_pipeline_is_learned_with_it(change):
     assert ours < 0.5 * solver, (ours, solver)
 
 
+def test_a_calibration_that_fails_leaves_nothing_in_caches():
+    pipe, inputs = made("cogvideox")
+    cache(pipe, "TaylorSeerCache", cache_interval=2, disable_cache_before_step=1, **ATTENTION)
+    before = draw(pipe, inputs, 4)
+    calls = Calls(pipe)
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, output: tuple(one * np.nan for one in output) if len(calls) == 4 else output
+    )
+    with pytest.raises(ValueError, match="The model returned NaN or infinity at timestep"):
+        calibrate(pipe, 4, teacher_steps=TEACHER, **inputs)
+    hook.remove()
+    torch.testing.assert_close(draw(pipe, inputs, 4), before, rtol=0, atol=0)
+
+
 # --- parts of a run --------------------------------------------------------------------------------------------------
 
 
