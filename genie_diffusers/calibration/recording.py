@@ -18,6 +18,17 @@ from .fitting import columns_of, prediction_term
 REPEATS = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 #: inputs of a call that take one number for all pictures; several of them make groups of paths
 SCALES = ("guidance_scale", "true_cfg_scale")
+#: inputs of a call whose lists are not one for each path, but for each adapter, ControlNet or layer
+SHARED_LISTS = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+    "adapter_conditioning_scale",
+    "skip_guidance_layers",
+    "callback_on_step_end_tensor_inputs",
+)
 
 
 class Seen(Exception):
@@ -123,6 +134,7 @@ class Coordinates:
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.kept: torch.Tensor | None = None
+        self.is_doubled: bool | None = None
 
     def choose(self, size: int):
         """Which of `size` numbers are kept: the same in every run and process."""
@@ -138,7 +150,10 @@ class Coordinates:
                 f"`pipe` steps a sample of shape {tuple(batch.shape)} for {paths} paths, which its first dimension is "
                 "no multiple of. Pass `max_batch_size=1`."
             )
-        rows = batch.detach().reshape(paths, -1)
+        if self.is_doubled is None:  # DiT steps its samples side by side with copies, for guidance
+            halves = batch.chunk(2)
+            self.is_doubled = batch.shape[0] == 2 * paths and torch.equal(*halves)
+        rows = (batch[:paths] if self.is_doubled else batch).detach().reshape(paths, -1)
         self.choose(rows.shape[1])
         if self.kept is not None:
             rows = rows[:, self.kept.to(rows.device)]
@@ -210,6 +225,7 @@ def split_inputs(
         )
     values = dict(inputs)
     scales = {name: list(values.pop(name)) for name in SCALES if isinstance(values.get(name), (list, tuple))}
+    shared = {name: values.pop(name) for name in [*values] if _is_for_all(pipe, name, values[name])}
     lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -246,11 +262,22 @@ def split_inputs(
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
             call = {name: _of_paths(value, part, count) for name, value in values.items()}
-            call |= dict(zip(scales, scale, strict=True))
+            call |= shared | dict(zip(scales, scale, strict=True))
             if repeat is not None:
                 call[repeat] = len(part)
             batches.append(Batch(part, call, seed))
     return count, batches
+
+
+def _is_for_all(pipe: Any, name: str, value: Any) -> bool:
+    """Whether a list belongs to all paths: of several ControlNets each takes one picture, or a path a list of them."""
+    if not isinstance(value, list):
+        return False
+    several = any("Multi" in type(getattr(pipe, part, None)).__name__ for part in ("controlnet", "adapter"))
+    control = "control_image" if "control_image" in inspect.signature(type(pipe).__call__).parameters else "image"
+    if several and name == control:
+        return not any(isinstance(one, list) for one in value)
+    return name in SHARED_LISTS
 
 
 def _of_paths(value: Any, numbers: list[int], count: int) -> Any:
@@ -282,9 +309,11 @@ def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
         call.setdefault("output_type", "latent")
     try:
         pipe(**call)
-    except Seen:
-        # what the end of the call would have done for offloaded models
+    except BaseException as stopped:
+        # what the end of the call would have done for offloaded models and caches
         getattr(pipe, "maybe_free_model_hooks", lambda: None)()
+        if not isinstance(stopped, Seen):
+            raise
         return False
     if not probe.visited:
         raise ValueError(f"A call of {type(pipe).__name__} did not step `pipe.scheduler`: it cannot be calibrated.")

@@ -48,6 +48,7 @@ class VariancePreserving(LinearDiffusion):
         "beta_schedule",
         "trained_betas",
         "rescale_betas_zero_snr",
+        "snr_shift_scale",
         "continuous",
     )
     #: smallest time of the analytic process, as in Song et al. (2021) and GENIE
@@ -85,7 +86,9 @@ class VariancePreserving(LinearDiffusion):
         self._alpha: PiecewisePolynomial = spline if decreases else MonotoneCubic(knots, values)
 
     @classmethod
-    def from_betas(cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False) -> "VariancePreserving":
+    def from_betas(
+        cls, betas: np.ndarray, rescale_zero_terminal_snr: bool = False, snr_shift_scale: float = 1.0
+    ) -> "VariancePreserving":
         """
         The process of a sequence of DDPM variances, ᾱ_t = Π_{s ≤ t} (1 − β_s).
 
@@ -95,11 +98,16 @@ class VariancePreserving(LinearDiffusion):
                 Shift and scale √ᾱ so that the last one is 0 and the first is kept (Lin et al., 2023, Algorithm 1).
                 The last α is then set to 2⁻¹² as in diffusers, or to a quarter of the one before where that is
                 smaller, which keeps the schedule strictly decreasing.
+            snr_shift_scale (`float`):
+                By which all signal-to-noise ratios ᾱ/(1 − ᾱ) are divided before that, as in CogVideoX.
         """
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) < 2 or not np.all((betas > 0) & (betas < 1)):
             raise ValueError("`betas` must be a sequence of at least two numbers inside (0, 1).")
-        alphas = np.sqrt(np.cumprod(1.0 - betas))
+        if not snr_shift_scale > 0:
+            raise ValueError(f"`snr_shift_scale` must be positive, got {snr_shift_scale}.")
+        alphas_cumprod = np.cumprod(1.0 - betas)
+        alphas = np.sqrt(alphas_cumprod / (snr_shift_scale + (1.0 - snr_shift_scale) * alphas_cumprod))
         if rescale_zero_terminal_snr:
             alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
             alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 4)
@@ -113,19 +121,21 @@ class VariancePreserving(LinearDiffusion):
         Args:
             config (mapping):
                 Reads `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (`"linear"`,
-                `"scaled_linear"`, `"squaredcos_cap_v2"`, `"sigmoid"`), `trained_betas`, `rescale_betas_zero_snr` and
-                `continuous`; missing keys have diffusers' defaults. With `continuous=True` the analytic process has
-                β(τ) = N·(beta_start + (beta_end − beta_start)·τ).
+                `"scaled_linear"`, `"squaredcos_cap_v2"`, `"sigmoid"`), `trained_betas`, `rescale_betas_zero_snr`,
+                `snr_shift_scale` and `continuous`; missing keys have diffusers' defaults. With `continuous=True` the
+                analytic process has β(τ) = N·(beta_start + (beta_end − beta_start)·τ).
         """
         num_train_timesteps = config.get("num_train_timesteps", 1000)
         beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
         beta_schedule = config.get("beta_schedule", "linear")
         trained_betas = config.get("trained_betas")
+        zero_snr, snr_shift_scale = config.get("rescale_betas_zero_snr", False), config.get("snr_shift_scale", 1.0)
         if config.get("continuous", False):
-            if trained_betas is not None or beta_schedule != "linear" or config.get("rescale_betas_zero_snr", False):
+            if trained_betas is not None or beta_schedule != "linear" or zero_snr or snr_shift_scale != 1:
                 raise ValueError(
                     "`continuous=True` is the analytic process with linear β: it needs `beta_schedule='linear'`, no "
-                    f"`trained_betas` and no `rescale_betas_zero_snr`, got `beta_schedule={beta_schedule!r}`."
+                    "`trained_betas`, no `rescale_betas_zero_snr` and `snr_shift_scale=1`, got "
+                    f"`beta_schedule={beta_schedule!r}`, `snr_shift_scale={snr_shift_scale}`."
                 )
             return cls(
                 beta_min=num_train_timesteps * beta_start,
@@ -141,7 +151,7 @@ class VariancePreserving(LinearDiffusion):
                 )
         else:
             betas = named_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        return cls.from_betas(betas, config.get("rescale_betas_zero_snr", False))
+        return cls.from_betas(betas, zero_snr, snr_shift_scale)
 
     def alpha(self, timesteps) -> np.ndarray:
         """α_t, for real `timesteps` (−1 to `timestep_max` for a discrete schedule)."""

@@ -50,6 +50,8 @@ class GaussianDiffusionScheduler(TableScheduler):
             The variances themselves, instead of the three above.
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Rescale to zero terminal signal-to-noise ratio.
+        snr_shift_scale (`float`, defaults to 1.0):
+            By which all signal-to-noise ratios α²/σ² of the schedule are divided before that, as in CogVideoX.
         continuous (`bool`, defaults to `False`):
             Use the analytic process β(τ) = N·(beta_start + (beta_end − beta_start)·τ), τ ∈ [10⁻³, 1], N =
             `num_train_timesteps`, for models trained in continuous time; the model is called with (N − 1)·τ.
@@ -74,6 +76,9 @@ class GaussianDiffusionScheduler(TableScheduler):
         flow_shift (`float`, defaults to 1.0):
             How much timesteps are shifted towards noise on that path, the `shift` of
             [`FlowMatchEulerDiscreteScheduler`]; not with grids in noise level.
+        shift_terminal (`float`, *optional*):
+            σ of the last model call on that path, to which the shifted timesteps are stretched, as those of LTX-Video
+            and Qwen-Image are: 1 − σ is scaled. Custom `timesteps` are left as they are.
         analytical_first_step (`bool`, defaults to `False`):
             Take a first step with ε(x_T) := x_T, which needs no model call. It happens inside `init_noise_sigma`,
             before the first of the `num_inference_steps`; pipelines that ignore `init_noise_sigma`
@@ -99,6 +104,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         continuous: bool = False,
         prediction_type: str = "epsilon",
         variance_type: str | None = None,
@@ -115,6 +121,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         use_lu_lambdas: bool = False,
         use_flow_sigmas: bool | None = None,
         flow_shift: float = 1.0,
+        shift_terminal: float | None = None,
         time_grid: str | None = None,
         analytical_first_step: bool = False,
         **kwargs,
@@ -130,21 +137,24 @@ class GaussianDiffusionScheduler(TableScheduler):
             if "shift" in config_dict:
                 config_dict = {**config_dict, "shift": kwargs["flow_shift"]}
         if flow_matching:
-            unknown = [
-                key for key in ("invert_sigmas", "shift_terminal", "stochastic_sampling") if config_dict.get(key)
-            ]
+            unknown = [key for key in ("invert_sigmas", "stochastic_sampling") if config_dict.get(key)]
             if unknown:
                 raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
             flow = {"use_flow_sigmas": True, "flow_shift": config_dict["shift"]}
             own = {"prediction_type": "flow_prediction", **flow}
             config_dict = {"beta_schedule": "linear", **own, **config_dict}
         _check_diffusion(config_dict)
+        # diffusers drops what was a default in the other class; what describes the model is not the solver's to choose
+        defaults = set(config_dict.get("_use_default_values", ())) - set(VariancePreserving.CONFIG_KEYS)
+        config_dict = {**config_dict, "_use_default_values": sorted(defaults)}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def _check_config(self):
         super()._check_config()
         if self._flows and not self.config["flow_shift"] > 0:
             raise ValueError(f"`flow_shift` must be positive, got {self.config['flow_shift']}.")
+        if self._flows and self.config["shift_terminal"] and not 0 < self.config["shift_terminal"] < 1:
+            raise ValueError(f"`shift_terminal` must be between 0 and 1, got {self.config['shift_terminal']}.")
 
     # --- the path and the prediction -------------------------------------------------------------------------------
 
@@ -261,21 +271,37 @@ class GaussianDiffusionScheduler(TableScheduler):
             ends_before = end_is_noisy or (config["time_grid"] is not None and not config["denoising_step"])
             # those of diffusers end at the smallest noise level once it is shifted
             last = process.shifted(process.timestep_min, self._shift) if self._flows and name in SIGMA_GRIDS else None
+            if self._terminal is not None and name in NOISE_LEVEL_GRIDS:
+                ends_before, last = False, self._terminal
             points = time_grid(process, name, visited + int(ends_before), last)[:visited]
         if self._flows and name not in NOISE_LEVEL_GRIDS:
-            points = process.shifted(points, self._shift)
+            points = self._stretched(process.shifted(points, self._shift))
         points = np.append(points, process.timestep_min) if end_is_noisy else points
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
         # A noisy end after all timesteps there are is no step.
         return np.clip(points, process.timestep_min, process.timestep_max)
 
+    @property
+    def _terminal(self) -> float | None:
+        """The timestep of the last model call, if the configuration says it."""
+        terminal = self.config.get("shift_terminal")
+        return terminal * self.process.timestep_max if self._flows and terminal else None
+
+    def _stretched(self, points: np.ndarray) -> np.ndarray:
+        """Shifted timesteps with the last one at `shift_terminal`, and pure noise where it is."""
+        remaining = self.process.timestep_max - points
+        if self._terminal is None or remaining[-1] == 0:  # a single call is one of pure noise
+            return points
+        return self.process.timestep_max - remaining * ((self.process.timestep_max - self._terminal) / remaining[-1])
+
     def _custom_points(self, timesteps, sigmas) -> np.ndarray:
         if self._flows and sigmas is not None:
             points = np.asarray(sigmas, dtype=np.float64)
             if points.ndim != 1 or not (np.all(points > 0) and np.all(points <= 1) and np.all(np.diff(points) < 0)):
                 raise ValueError(f"`sigmas` must strictly decrease and lie between 0 and 1, got {sigmas}.")
-            timesteps, sigmas = self.process.shifted(points * self.process.timestep_max, self._shift).tolist(), None
+            points = self.process.shifted(points * self.process.timestep_max, self._shift)
+            timesteps, sigmas = self._stretched(points).tolist(), None
         points = super()._custom_points(timesteps, sigmas)
         if self.config["analytical_first_step"]:
             points = np.concatenate([[self.process.timestep_max], points])
@@ -323,9 +349,8 @@ def _check_diffusion(config: Mapping):
             + ", ".join(f"`{key}={config[key]!r}`" for key in found)
             + "), or a flow-matching model: EDM, variance-exploding and consistency models need their own schedulers."
         )
-    if config.get("snr_shift_scale") not in (None, 1, 1.0) or config.get("timestep_type") == "continuous":
+    if config.get("timestep_type") == "continuous":
         raise ValueError(
-            "`config` must describe a model whose noise levels are those of its betas and that is called with integer "
-            f"timesteps, got `snr_shift_scale={config.get('snr_shift_scale')}` and "
-            f"`timestep_type={config.get('timestep_type')!r}`."
+            "`config` must describe a model that is called with the timesteps of its noise schedule, got "
+            "`timestep_type='continuous'`."
         )

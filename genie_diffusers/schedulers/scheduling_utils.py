@@ -502,9 +502,15 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         if self.num_inference_steps is None:
             raise ValueError("`set_timesteps` must be called before `set_begin_index`.")
         if begin_index != int(begin_index) or not 0 <= begin_index < self.num_inference_steps:
-            raise ValueError(
-                f"`begin_index` must be an integer between 0 and {self.num_inference_steps - 1}, got {begin_index}."
-            )
+            last = self.num_inference_steps - 1
+            message = f"`begin_index` must be an integer between 0 and {last}, got {begin_index}."
+            if begin_index == last + 1:  # a refiner, after the last of a few timesteps
+                message += (
+                    f" The part of the run that the pipeline asks for lies after its last timestep, "
+                    f"{float(self.timesteps[-1]):g}. Take more steps, or more of the run (`strength`, "
+                    "`denoising_start`)."
+                )
+            raise ValueError(message)
         self._begin_index, self._step_index = int(begin_index), None
         self._tell("begin")
         if self._begin_index != self._built_for:

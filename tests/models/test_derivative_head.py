@@ -98,6 +98,7 @@ def test_its_configuration_is_plain_json_of_all_that_the_schedule_depends_on(une
         "beta_end": 0.03,
         "beta_schedule": "linear",
         "rescale_betas_zero_snr": False,
+        "snr_shift_scale": 1.0,
         "continuous": True,
     }
     head.check_process(VariancePreserving.from_config(config), "epsilon")

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -26,8 +26,17 @@ SCHEDULES = {
         "rescale_betas_zero_snr": True,
     },
     "squaredcos_cap_v2, zero SNR": {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True},
+    "shifted": {"snr_shift_scale": 3.0},
+    "scaled_linear, shifted, zero SNR": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "snr_shift_scale": 3.0,
+        "rescale_betas_zero_snr": True,
+    },
     "continuous": {"continuous": True},
 }
+LINEAR = {"beta_start": 0.0001, "beta_end": 0.02}
 DISCRETE = [name for name in SCHEDULES if name != "continuous"]
 betas_lists = st.lists(st.floats(1e-5, 0.9), min_size=2, max_size=40)
 
@@ -60,7 +69,8 @@ def product_formula(config: dict) -> list[float]:
     roots, product = [], 1.0
     for beta in config.get("trained_betas", betas):
         product *= 1 - beta
-        roots.append(math.sqrt(product))
+        scale = config.get("snr_shift_scale", 1.0)
+        roots.append(math.sqrt(product / (scale + (1 - scale) * product)))
     if config.get("rescale_betas_zero_snr"):  # Lin et al. (2023), Algorithm 1
         roots = [(root - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for root in roots]
         roots[-1] = min(2.0**-12, roots[-2] / 4)
@@ -80,6 +90,8 @@ def test_alphas_at_integer_timesteps_are_those_of_diffusers(name):
     config = SCHEDULES[name]
     # Only the multistep solver keeps the last α of zero terminal SNR above zero; only DDPM knows "sigmoid".
     theirs = DPMSolverMultistepScheduler if config.get("rescale_betas_zero_snr") else DDPMScheduler
+    if "snr_shift_scale" in config:
+        theirs, config = CogVideoXDDIMScheduler, {"beta_schedule": "linear", **LINEAR, **config}
     alphas_cumprod = theirs(**config).alphas_cumprod.double().numpy()
     ours = process_of(name).alpha(np.arange(len(alphas_cumprod))) ** 2
     np.testing.assert_allclose(ours, alphas_cumprod, rtol=5e-4, atol=3e-7)
@@ -218,6 +230,8 @@ def test_add_noise_is_that_of_diffusers_and_takes_real_timesteps(noise):
     [
         ({"continuous": True, "beta_schedule": "scaled_linear"}, "continuous=True"),
         ({"continuous": True, "rescale_betas_zero_snr": True}, "continuous=True"),
+        ({"continuous": True, "snr_shift_scale": 3.0}, "continuous=True"),
+        ({"snr_shift_scale": 0.0}, "`snr_shift_scale` must be positive"),
         ({"continuous": True, "trained_betas": ROUGH_BETAS}, "continuous=True"),
         ({"trained_betas": ROUGH_BETAS}, "num_train_timesteps"),
         ({"beta_schedule": "laplace"}, "beta_schedule"),

@@ -190,10 +190,19 @@ def test_a_config_without_a_schedule_of_betas_is_refused(kind):
     ):
         with pytest.raises(ValueError, match="`config` must describe a variance-preserving model"):
             type(make(kind)).from_config(cls().config)
-    others = (diffusers.CogVideoXDDIMScheduler(), diffusers.EulerDiscreteScheduler(timestep_type="continuous"))
-    for theirs in others:
-        with pytest.raises(ValueError, match="noise levels are those of its betas"):
-            type(make(kind)).from_config(theirs.config)
+    theirs = diffusers.EulerDiscreteScheduler(timestep_type="continuous")
+    with pytest.raises(ValueError, match="called with the timesteps of its noise schedule"):
+        type(make(kind)).from_config(theirs.config)
+
+
+@every_class
+@pytest.mark.parametrize("theirs", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "LCMScheduler"])
+def test_a_noise_schedule_that_is_the_default_of_another_class_is_kept(kind, theirs, tmp_path):
+    theirs = getattr(diffusers, theirs)()
+    ours = type(make(kind)).from_config(theirs.config)
+    ours.save_pretrained(tmp_path)
+    for scheduler in (ours, type(ours).from_config(ours.config), type(ours).from_pretrained(tmp_path)):
+        torch.testing.assert_close(scheduler.alphas_cumprod, theirs.alphas_cumprod.float(), rtol=1e-4, atol=1e-6)
 
 
 @every_class

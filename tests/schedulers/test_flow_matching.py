@@ -177,6 +177,66 @@ def test_custom_sigmas_and_mu_give_the_timesteps_of_the_stock_scheduler():
         torch.testing.assert_close(torch.from_numpy(ours.noise_stds).float(), theirs.sigmas, rtol=0, atol=2.5e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "mu"),
+    [
+        ({"shift": 3.0, "shift_terminal": 0.1}, {}),
+        ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, {"mu": 0.8}),  # Qwen-Image
+        ({"use_dynamic_shifting": True, "shift_terminal": 0.1, "base_shift": 0.95}, {"mu": 1.4}),  # LTX-Video
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.1}, {"mu": 1.5}),
+    ],
+)
+@pytest.mark.parametrize("steps", [2, 5, 40])
+def test_a_terminal_noise_level_gives_the_timesteps_of_the_stock_scheduler(config, mu, steps):
+    theirs = FlowMatchEulerDiscreteScheduler(**config)
+    ours = GenieScheduler.from_config(theirs.config)
+    sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(sigmas=sigmas, **mu)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(ours.noise_stds).float(), theirs.sigmas, rtol=0, atol=2.5e-4)
+    assert ours.noise_stds[-2] == pytest.approx(config["shift_terminal"], rel=1e-12)
+    assert GenieScheduler.from_config(ours.config).config.shift_terminal == config["shift_terminal"]
+
+
+@pytest.mark.parametrize("flag", [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_grids_of_diffusers_end_at_the_terminal_noise_level(flag):
+    theirs = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1, **({flag: True} if flag else {}))
+    ours = GenieScheduler.from_config(theirs.config)
+    for steps in (2, 7):
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(steps)
+        # theirs ends at σ = 0.001 before it is stretched, ours a step before that
+        tolerance = {"rtol": 1e-5, "atol": 1e-3} if flag else {"rtol": 1e-2, "atol": 0}
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps, **tolerance)
+
+
+def test_configs_of_multistep_solvers_keep_their_terminal_noise_level():
+    theirs = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, shift_terminal=0.1
+    )
+    ours = GenieScheduler.from_config(theirs.config)
+    for steps in (2, 9):
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(steps)
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps.float(), rtol=0, atol=1.0)  # theirs are integers
+
+
+@pytest.mark.parametrize("time_grid", ["linear", "quadratic", "uniform_lambda", "power_lambda", "karras"])
+@pytest.mark.parametrize("options", [{}, {"denoising_step": True}, {"final_sigmas_type": "sigma_min"}], ids=str)
+def test_every_grid_calls_the_model_at_the_terminal_noise_level_last(time_grid, options):
+    scheduler = GenieScheduler(**FLOW, flow_shift=3.0, shift_terminal=0.1, time_grid=time_grid, **options)
+    for steps in (2, 3, 10):
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps and (scheduler.timesteps.diff() < 0).all()
+        assert float(scheduler.timesteps[0]) == 1000.0
+        assert float(scheduler.timesteps[-1]) == pytest.approx(100.0)
+    scheduler.set_timesteps(timesteps=[900.0, 300.0])
+    assert scheduler.timesteps.tolist() == [900.0, 300.0]
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [1000.0]  # where that of diffusers is NaN
+
+
 def test_what_is_not_meant_is_refused():
     dynamic = GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
     with pytest.raises(ValueError, match="`mu` must be given if `use_dynamic_shifting` is set"):
@@ -189,6 +249,8 @@ def test_what_is_not_meant_is_refused():
     for sigmas in ([1.2, 0.5], [0.5, 0.7], [0.5, 0.0]):
         with pytest.raises(ValueError, match="`sigmas` must strictly decrease and lie between 0 and 1"):
             GenieScheduler(**FLOW).set_timesteps(sigmas=sigmas)
+    with pytest.raises(ValueError, match="`shift_terminal` must be between 0 and 1, got"):
+        GenieScheduler(**FLOW, shift_terminal=1.5).set_timesteps(4)
     for key in ("invert_sigmas", "stochastic_sampling"):
         with pytest.raises(ValueError, match=f"`{key}=True` of `config` is not supported"):
             GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(**{key: True}).config)
