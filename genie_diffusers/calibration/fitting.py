@@ -14,7 +14,7 @@ from ..core.table import Levels, Row, Table
 HISTORY = 4
 #: of the products of columns that are scaled to one: keeps collinear columns from large opposite weights
 RIDGE = 1e-7
-#: μ of [`joint_step`]: a number counts where it moves the final sample by a third of what it moves the next one. Of 0.01,
+#: μ of [`joint_step`]: what a number moves the final sample by counts from a third of the next sample on. Of 0.01,
 #: 0.1 and 1 the best on paths that were not fitted, of mixtures with known solutions and of a trained model
 DAMPING = 0.1
 
