@@ -4,6 +4,7 @@ What calibration brings: a sampler learned inside a pipeline's calls, against di
     python benchmarks/calibration.py                # the packaged variance-preserving checkpoint
     python benchmarks/calibration.py --model flow   # the packaged flow transformer
     python benchmarks/calibration.py --curves       # against the number of paths, recorded calls and guidance scales
+    python benchmarks/calibration.py --cost         # time and memory, beside plain runs of the pipeline
 
 Errors are relative distances to the converged solution of the same noise, on noises that nothing was fitted to or
 chosen on, mean and standard error. Each peer is, for each number of calls, on the best of its grids, chosen on other
@@ -13,6 +14,9 @@ noises: diffusers' own, those of solver_error.py, on flows all shifts, and the c
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -273,10 +277,42 @@ def write_curves(found: dict, folder: Path):
     (folder / "calibration_curves.md").write_text("\n".join(lines))
 
 
+def cost(args: argparse.Namespace) -> dict:
+    """Seconds, model calls and peak memory of a calibration and of drawing the same paths once, a process each."""
+    found = {}
+    for what in ("import", "60 calls", "calibration", "calibration, one path at a time"):
+        command = [sys.executable, __file__, "--model", args.model, "--cost_of", what]
+        found[what] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(what, found[what], flush=True)
+    return found
+
+
+def cost_of(what: str, model: str):
+    """What one process takes, as a line of JSON."""
+    pipeline_class, folder = MODELS[model]
+    pipe = pipeline_class.from_pretrained(CHECKPOINTS / folder).to(torch.float32)
+    inputs = {"class_labels": list(range(8)), "guidance_scale": 3.0}
+    pipe.set_progress_bar_config(disable=True)
+    begun, calls = time.perf_counter(), 0
+    if what == "60 calls":
+        pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config)
+        pipe(**inputs, num_inference_steps=60, output_type="latent")
+        calls = 60
+    elif what != "import":
+        size = 1 if "one path" in what else None
+        calibration = Calibration(pipe, (4, 6, 8, 10), max_batch_size=size, **inputs)
+        calibration.run()
+        calls = calibration.calls
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": round(time.perf_counter() - begun, 1), "calls": calls, "peak_mib": round(peak)}))
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="vp")
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--cost_of", help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[4, 5, 6, 8, 10])
     parser.add_argument("--guidance_scales", type=float, nargs="+")
     parser.add_argument("--paths", type=int, default=8)
@@ -285,7 +321,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args(argv)
     diffusers.utils.logging.set_verbosity_error()
+    if args.cost_of is not None:
+        cost_of(args.cost_of, args.model)
+        return
     args.output_dir.mkdir(exist_ok=True)
+    if args.cost:
+        (args.output_dir / "calibration_cost.json").write_text(json.dumps(cost(args), indent=2) + "\n")
+        return
     name = "calibration_curves" if args.curves else f"calibration_{args.model}"
     found = curves(args) if args.curves else measure(args)
     (args.output_dir / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
