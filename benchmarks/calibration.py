@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 
 from genie_diffusers import GenieDiTPipeline, GeniePipeline, GenieScheduler
 from genie_diffusers.calibration import Calibration
+from genie_diffusers.calibration.recording import recording_points
 from solver_error import GRIDS, PEERS, peer
 
 ROOT = Path(__file__).parent
@@ -72,13 +73,14 @@ class Bench:
         config = {**self.pipe.scheduler.config, "clip_sample": False, "thresholding": False}
         self.pipe.scheduler = GenieScheduler.from_config(config)
         self.config = self.pipe.scheduler.config
-        reference = GenieScheduler.from_config(self.config, time_grid="uniform_lambda" if model == "vp" else "linear")
+        reference = GenieScheduler.from_config(self.config)
+        points = recording_points(reference.process, 1.0, REFERENCE_CALLS).tolist()
         for name, count, seed in (("choice", args.choice_noises, 50_000), ("report", args.noises, 60_000)):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
             shape = (3, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             self.sets[name] = noise, torch.arange(count) % 10, None
-            reference.set_timesteps(REFERENCE_CALLS)
+            reference.set_timesteps(timesteps=points)
             self.sets[name] = (*self.sets[name][:2], self.ends(reference, name))
 
     def predict(self, sample: torch.Tensor, timestep, labels: torch.Tensor) -> torch.Tensor:
@@ -168,18 +170,16 @@ def stated(errors: np.ndarray) -> dict:
     return {"error": float(errors.mean()), "standard_error": float(errors.std(ddof=1) / len(errors) ** 0.5)}
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """By guidance scale, sampler and number of calls."""
-    report: dict = {}
+def measure(args: argparse.Namespace, path: Path):
+    """By guidance scale, sampler and number of calls; scales that an earlier run has measured stay."""
+    report: dict = json.loads(path.read_text()) if path.exists() else {}
     for scale in args.guidance_scales or SCALES[args.model]:
         rows: dict[str, dict] = {}
-        report[f"{scale:g}"] = rows
         bench = Bench(args.model, scale, args)
         cost = {}
         for name, options in (
             ("calibrated", {}),
             ("calibrated, rows one after the other", {"refinements": 0}),
-            ("calibrated, all rows moved twice", {"refinements": 2}),
         ):
             begun = time.perf_counter()
             calibration, scheduler = bench.calibrated(args.calls, **{"paths": args.paths, **options})
@@ -201,7 +201,9 @@ def measure(args: argparse.Namespace) -> dict:
                     rows[solver][str(calls)] = stated(found[1]) | {"grid": found[0]}
             print(scale, solver, {n: round(cell["error"], 4) for n, cell in rows[solver].items()}, flush=True)
         report[f"{scale:g}"] = {"errors": rows, "cost": cost}
-    return report
+        report = {scale: report[scale] for scale in sorted(report, key=float)}
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.with_suffix(".md").write_text(text_of(report, args))
 
 
 def text_of(report: dict, args: argparse.Namespace) -> str:
@@ -328,13 +330,12 @@ def main(argv: list[str] | None = None):
     if args.cost:
         (args.output_dir / "calibration_cost.json").write_text(json.dumps(cost(args), indent=2) + "\n")
         return
-    name = "calibration_curves" if args.curves else f"calibration_{args.model}"
-    found = curves(args) if args.curves else measure(args)
-    (args.output_dir / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     if args.curves:
+        found = curves(args)
+        (args.output_dir / "calibration_curves.json").write_text(json.dumps(found, indent=2) + "\n")
         write_curves(found, args.output_dir)
     else:
-        (args.output_dir / f"{name}.md").write_text(text_of(found, args))
+        measure(args, args.output_dir / f"calibration_{args.model}.json")
 
 
 if __name__ == "__main__":
