@@ -22,11 +22,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from genie_diffusers import ExactSlope, GenieDiTPipeline, GeniePipeline, GenieScheduler
+from genie_diffusers import ExactSlope, GenieDiTPipeline, GeniePipeline, GenieScheduler, ImageClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CHECKPOINTS = REPOSITORY / "genie_diffusers" / "checkpoints"
 NULL = 3  # the class after those of the transformers below
 
 
@@ -333,3 +334,19 @@ def test_it_saves_and_loads_in_a_fresh_process(pipe, latent_components, tmp_path
     lines = [line.split() for line in run.stdout.splitlines()]
     assert [line[:2] for line in lines] == [["FlowMatchEulerDiscreteScheduler", "False"], ["DDIMScheduler", "True"]]
     assert [float(line[2]) for line in lines] == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+# --- the packaged flow -----------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_flow_draws_what_it_is_asked_for():
+    pipe = quiet(GenieDiTPipeline.from_pretrained(CHECKPOINTS / "flow-cifar10-16"))
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler and type(pipe.transformer) is DiTTransformer2DModel
+    pipe.scheduler = GenieScheduler.from_config(pipe.scheduler.config)
+    classifier = ImageClassifier.from_pretrained(CHECKPOINTS / "classifier-cifar10-16").eval()
+    labels = list(range(10)) * 4
+    options = {"guidance_scale": 4.0, "generator": seeded(), "num_inference_steps": 10, "output_type": "pt"}
+    images = pipe(class_labels=labels, **options).images
+    with torch.no_grad():
+        seen = classifier(2 * images - 1).argmax(-1)
+    assert (seen == torch.tensor(labels)).float().mean() > 0.6
