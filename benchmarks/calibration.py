@@ -98,7 +98,7 @@ class Bench:
     def ends(self, scheduler, name: str) -> torch.Tensor:
         """Where the run of a prepared scheduler ends; it is left prepared."""
         noise, labels, _ = self.sets[name]
-        sample = noise * scheduler.init_noise_sigma
+        sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # diffusers' schedulers of flows have none
         for timestep in scheduler.timesteps:
             output = self.predict(scheduler_input(scheduler, sample, timestep), timestep, labels)
             sample = scheduler.step(output, timestep, sample).prev_sample
