@@ -1,6 +1,7 @@
 """A pipeline's own call, watched: schedulers that say where the model is called, and see what it answers."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ SHARED_LISTS = (
     "skip_guidance_layers",
     "callback_on_step_end_tensor_inputs",
 )
+#: inputs of a call that may be one text or one for each picture; `system_prompt` and others are one for all
+PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
 
 
 class Seen(Exception):
@@ -173,7 +176,12 @@ class Batch:
     """Some of the paths, and the inputs of the call that draws them."""
 
     def __init__(self, numbers: Sequence[int], inputs: Mapping[str, Any], seed: int):
-        self.numbers, self.inputs, self.seed = list(numbers), dict(inputs), seed
+        self.numbers, self._inputs, self.seed = list(numbers), dict(inputs), seed
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Those of one call, whose lists may be written into, as Z-Image writes its chat template into prompts."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self._inputs.items()}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -244,7 +252,7 @@ def split_inputs(
         raise ValueError(f"There must be a path for each of {processes} processes, got {count}: give more inputs.")
     # a text is one for each path: negative ones must be of the kind of the others
     values = {
-        name: [value] * count if isinstance(value, str) and "prompt" in name else value
+        name: [value] * count if isinstance(value, str) and PROMPT.fullmatch(name) else value
         for name, value in values.items()
     }
     repeat = None
