@@ -158,6 +158,8 @@ class Fit:
     weights: list[np.ndarray]
     errors: np.ndarray
     refined: bool = False
+    #: of the pipeline's calls, which may depend on how many there are
+    mu: float | None = None
 
     @property
     def error(self) -> float:
@@ -258,7 +260,7 @@ class Calibration:
                     entry = self._from_main(self._kept(count))
                     if entry is None:
                         self.fits[count] = fit = self.learn(count, grids[count])
-                        entry = table_of(fit.levels, fit.weights, self.learned_for(recording)).to_dict()
+                        entry = table_of(fit.levels, fit.weights, self.learned_for(fit.mu)).to_dict()
                         self._keep(count, entry, fit)
                     self.tables[str(count)] = entry
                 self.bar.total = self.bar.n
@@ -266,14 +268,14 @@ class Calibration:
         config = self.solver.config
         return GenieScheduler.from_config(config, tables={**self.previous, **self.tables})
 
-    def learned_for(self, recording: Recording) -> dict[str, Any]:
+    def learned_for(self, mu: float | None) -> dict[str, Any]:
         """The numbers of the call that a table may depend on."""
         plain = (int, float, bool)
         numbers = {name: value for name, value in self.inputs.items() if isinstance(value, plain)}
         scales = {name: list(value) for name, value in self.inputs.items() if isinstance(value, tuple)}
         scales = {name: value for name, value in scales.items() if all(isinstance(one, plain) for one in value)}
-        mu = {} if recording.mu is None else {"mu": float(recording.mu)}
-        return {**numbers, **scales, **mu, "clip_sample": False, "thresholding": False}
+        shift = {} if mu is None else {"mu": float(mu)}
+        return {**numbers, **scales, **shift, "clip_sample": False, "thresholding": False}
 
     def _planned(self) -> int:
         """Model calls that are to come, at most."""
@@ -481,19 +483,20 @@ class Calibration:
             weights.append(fit_row(np.sum(fitted_to, axis=0), ddim_weights(levels, index)))
 
         if len(self.batches) == 1:
-            self._run(self.batches[0], levels, weights, points, solve)
+            mu = self._run(self.batches[0], levels, weights, points, solve).mu
         else:
             for index in range(len(points)):
                 own: dict[int, np.ndarray] = {}
                 for batch in self.batches:
-                    self._run(batch, levels, weights, points, lambda _, found, own=own: own.update(found), index)
+                    see = lambda _, found, own=own: own.update(found)  # noqa: E731
+                    mu = self._run(batch, levels, weights, points, see, index).mu
                 solve(index, own)
         errors = np.sqrt([missed_by(of_path, weights[-1]) for of_path in last])
-        return Fit(name, points, levels, weights, errors)
+        return Fit(name, points, levels, weights, errors, mu=mu)
 
     def _run(
         self, batch: Batch, levels: Levels, weights: list, points: list[int], see: Callable, until: int | None = None
-    ):
+    ) -> Probe:
         """
         A run of K calls. Its products with the recorded states, in units of the final ones, are told to `see`.
 
@@ -514,7 +517,7 @@ class Calibration:
                 raise Seen
             return weighted(weights[index], tensors, sample.dtype)
 
-        self._watched(batch, lambda probe: levels.timesteps, visit, len(points))
+        return self._watched(batch, lambda probe: levels.timesteps, visit, len(points))
 
     def moved_together(self, fit: Fit) -> Fit | None:
         """The sampler after one step of all its numbers together; `None` if that brings nothing."""
