@@ -237,6 +237,15 @@ def test_every_grid_calls_the_model_at_the_terminal_noise_level_last(time_grid, 
     assert scheduler.timesteps.tolist() == [1000.0]  # where that of diffusers is NaN
 
 
+def test_ramps_that_mean_a_number_of_calls():
+    scheduler = GenieScheduler(**FLOW)
+    indices = np.linspace(0, 999, 7).astype(int)  # BRIA's
+    for ramp in (np.linspace(1, 1 / 7, 7), torch.linspace(1, 1 / 7, 7).tolist(), 1 - indices / 1000):
+        assert scheduler.is_default_ramp(ramp)
+    for other in (np.linspace(1, 0.1, 7), np.linspace(1, 1 / 7, 7) ** 2, np.linspace(0.9, 1 / 7, 7)):
+        assert not scheduler.is_default_ramp(other)
+
+
 def test_what_is_not_meant_is_refused():
     dynamic = GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
     with pytest.raises(ValueError, match="`mu` must be given if `use_dynamic_shifting` is set"):
