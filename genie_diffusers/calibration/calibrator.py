@@ -104,7 +104,8 @@ def calibrate(
             Of a run in several processes, each of which draws its share of the paths. All of them return the same.
         inputs:
             The pipeline's own call arguments, passed through. What is a list (`prompt=["a cat", "a dog"]`) is one for
-            each path; everything else is shared by all. A list or tuple as `guidance_scale` is used in turn.
+            each path; everything else is shared by all, several pictures as a tuple. A list or tuple as
+            `guidance_scale` is used in turn.
 
     Returns:
         [`GenieScheduler`]: With the learned `tables` in its configuration, ready to be assigned and saved.

@@ -181,7 +181,7 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """Those of one call, whose lists may be written into, as Z-Image writes its chat template into prompts."""
-        return {name: list(value) if isinstance(value, list) else value for name, value in self._inputs.items()}
+        return {name: list(value) if _listed(name, value) else value for name, value in self._inputs.items()}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -286,6 +286,11 @@ def _is_for_all(pipe: Any, name: str, value: Any) -> bool:
     if several and name == control:
         return not any(isinstance(one, list) for one in value)
     return name in SHARED_LISTS
+
+
+def _listed(name: str, value: Any) -> bool:
+    """Whether a call gets a list: of what is one for each path, and of pictures that all of them share."""
+    return isinstance(value, list) or (name == "image" and isinstance(value, tuple))
 
 
 def _of_paths(value: Any, numbers: list[int], count: int) -> Any:

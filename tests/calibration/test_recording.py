@@ -4,7 +4,7 @@ from genie_diffusers.calibration.recording import split_inputs
 
 
 class Pipeline:
-    def __call__(self, prompt, negative_prompt=None, prompt_2=None, system_prompt=None, generator=None):
+    def __call__(self, prompt, negative_prompt=None, prompt_2=None, system_prompt=None, image=None, generator=None):
         """What split_inputs reads the names of inputs from."""
 
 
@@ -24,3 +24,11 @@ def test_texts_that_are_one_for_all_paths_stay_as_they_are():
     assert count == 2
     assert batch.inputs["system_prompt"] == texts["system_prompt"]
     assert batch.inputs["negative_prompt"] == ["blurry"] * 2 and batch.inputs["prompt_2"] == ["a pet"] * 2
+
+
+def test_pictures_that_all_paths_share_reach_the_call_as_a_list():
+    for size in (None, 1):
+        _, batches = split_inputs(Pipeline(), {"prompt": ["a cat", "a dog"], "image": ("one", "two")}, None, 0, size)
+        assert all(batch.inputs["image"] == ["one", "two"] for batch in batches)
+    _, batches = split_inputs(Pipeline(), {"prompt": ["a cat", "a dog"], "image": ["one", "two"]}, None, 0, 1)
+    assert [batch.inputs["image"] for batch in batches] == [["one"], ["two"]]
