@@ -15,7 +15,7 @@ from genie_diffusers.core.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_flow import FAMILIES, own
+from tiny_flow import FAMILIES, bria_with, cogview_4, own
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
@@ -25,7 +25,7 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 def learn(pipe, inputs: dict[str, Any], **options) -> GenieScheduler:
     options = {"steps": (3, 4), "teacher_steps": 24, "refinements": 0, **options}
-    return calibrate(pipe, **options, **own(inputs))
+    return calibrate(pipe, **options, **inputs)
 
 
 def draw(pipe, scheduler, inputs: dict[str, Any], steps: int) -> torch.Tensor:
@@ -124,3 +124,16 @@ def test_a_compiled_transformer():
     learned = learn(pipe, inputs, steps=3)
     assert learned.config["tables"]["3"]["timesteps"] == expected.config["tables"]["3"]["timesteps"]
     torch.testing.assert_close(draw(pipe, learned, inputs, 3), found, rtol=1e-3, atol=1e-3)
+
+
+def test_pipelines_that_do_not_leave_the_timesteps_to_their_scheduler_say_so():
+    for (pipe, inputs), message in (
+        # the model is told timesteps that are not those of the noise levels
+        (cogview_4(), "chooses where its model is called and passes `timesteps="),
+        # passes it to nothing but FlowMatchEulerDiscreteScheduler
+        (bria_with(use_dynamic_shifting=True), "`mu` must be given if `use_dynamic_shifting` is set"),
+    ):
+        stock = pipe.scheduler
+        with pytest.raises(ValueError, match=message):
+            learn(pipe, inputs)
+        assert pipe.scheduler is stock

@@ -1,5 +1,6 @@
 """Stock flow-matching pipelines of diffusers with tiny random models and the schedulers of their checkpoints."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -113,8 +115,9 @@ def with_outputs_of_order_one(pipe: DiffusionPipeline, inputs: dict[str, Any], l
 
 
 def own(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of one call, which may write into lists, as Z-Image does."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    """The inputs of one call, which may write into lists, as Z-Image does; pictures for all paths are a list in it."""
+    pictures = {"image": list(inputs["image"])} if isinstance(inputs.get("image"), tuple) else {}
+    return {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()} | pictures
 
 
 def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -201,8 +204,7 @@ def flux_kontext():
     return _flux(diffusers.FluxKontextPipeline, guidance_scale=2.5, image=picture, max_area=64, _auto_resize=False)
 
 
-@family
-def flux_2():
+def _flux_2(**inputs):
     model = transformer(
         "Flux2Transformer2DModel",
         in_channels=16,
@@ -215,9 +217,31 @@ def flux_2():
         axes_dims_rope=(4, 4, 4, 4),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = diffusers.Flux2Pipeline(scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=model)
-    inputs = {"prompt_embeds": embeddings(2, 4, 16), "guidance_scale": 4.0, "height": 64, "width": 64}
+    torch.manual_seed(0)
+    decoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipe = diffusers.Flux2Pipeline(
+        scheduler=scheduler, vae=decoder.eval(), text_encoder=None, tokenizer=None, transformer=model
+    )
+    inputs = {"prompt_embeds": embeddings(2, 4, 16), "guidance_scale": 4.0, "height": 64, "width": 64, **inputs}
     return with_outputs_of_order_one(pipe, inputs, model.proj_out)
+
+
+@family
+def flux_2():
+    return _flux_2()
+
+
+@family
+def flux_2_with_references():
+    """Two pictures for both paths."""
+    return _flux_2(image=tuple(Image.new("RGB", (64, 64), (200, 100, 50 * i)) for i in (1, 2)))
 
 
 @family
@@ -348,11 +372,26 @@ def wan():
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
     pipe = diffusers.WanPipeline(
-        tokenizer=tokenizer(), text_encoder=text_encoder("UMT5"), vae=None, scheduler=scheduler, transformer=model
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder("UMT5"),
+        vae=None,
+        scheduler=scheduler,
+        transformer=model,
     )
     inputs = {"prompt": PROMPTS, "negative_prompt": "blurry", "guidance_scale": 5.0, "height": 32, "width": 32}
     inputs |= {"num_frames": 5, "max_sequence_length": 8}
     return with_outputs_of_order_one(pipe, inputs, model.proj_out)
+
+
+@family
+def wan_2_2():
+    """With two transformers that are not quite the same, the second of them below a noise level."""
+    pipe, inputs = wan()
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.875)
+    for parameter in pipe.transformer_2.parameters():
+        parameter.data += 0.03 * parameter.data.std() * torch.randn_like(parameter)
+    return pipe, {**inputs, "guidance_scale": 4.0, "guidance_scale_2": 3.0}
 
 
 @family
@@ -507,7 +546,12 @@ def hidream():
     return with_outputs_of_order_one(pipe, inputs, model.final_layer.linear)
 
 
-def _bria(**config):
+@family
+def bria():
+    return bria_with()
+
+
+def bria_with(**config):
     model = transformer(
         "BriaTransformer2DModel",
         in_channels=16,
@@ -529,6 +573,27 @@ def _bria(**config):
     return with_outputs_of_order_one(pipe, inputs, model.proj_out)
 
 
-@family
-def bria():
-    return _bria()
+def cogview_4():
+    model = transformer(
+        "CogView4Transformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=8,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+    )
+    pipe = diffusers.CogView4Pipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler
+    )
+    inputs = {"prompt_embeds": embeddings(2, 4, 16), "negative_prompt_embeds": embeddings(2, 4, 16, seed=1)}
+    inputs |= {"guidance_scale": 5.0, "height": 64, "width": 64}
+    return with_outputs_of_order_one(pipe, inputs, model.proj_out)
