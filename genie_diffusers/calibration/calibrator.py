@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from .fitting import (
     whitened,
 )
 from .recording import (
+    SCALES,
     Batch,
     Columns,
     Coordinates,
@@ -52,6 +55,8 @@ FINALISTS = 3
 MIN_PATHS = 2
 #: of a path, that its states and predictions are kept of: 31 MB for a recording of 60 calls
 MAX_NUMBERS = 65_536
+#: by how much the answers of a model to one call may differ between two runs, in half precision too
+SAME_MODEL = 5e-3
 #: by how much a weight is changed to see what that does, in root mean squares of the final sample
 NUDGE = 0.03
 
@@ -91,7 +96,7 @@ def calibrate(
             How many paths to fit where no input is a list. Default: 8.
         teacher_steps (`int`, defaults to 60): Model calls of the recorded run.
         refinements (`int`, defaults to 1):
-            How often all rows are moved together, which takes most of the time: about 4 K runs of K calls each time.
+            How often all rows are moved together, which takes most of the time: 5 to 6 K runs of K calls each time.
             0 leaves it at the rows that were fitted one after the other.
         max_batch_size (`int`, *optional*):
             The most paths in one call of the pipeline. With fewer than there are, a row takes a run of its own.
@@ -189,7 +194,18 @@ class Calibration:
         if scheduler is None or not hasattr(pipe, "set_progress_bar_config"):
             raise ValueError(f"`pipe` must be a pipeline of diffusers with a `scheduler`, got {type(pipe).__name__}.")
         self.pipe, self.inputs, self.seed = pipe, inputs, seed
-        self.steps = sorted({steps} if isinstance(steps, int) else set(steps))
+        counts: list[Any] = list(steps) if isinstance(steps, (list, tuple, set, range)) else [steps]
+        for name, value, least in (
+            *(("steps", count, 1) for count in counts),
+            ("num_paths", 1 if num_paths is None else num_paths, 1),
+            ("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1),
+            ("max_numbers", max_numbers, 1),
+            ("teacher_steps", teacher_steps, 4),
+            ("refinements", refinements, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be of integers of at least {least}, got {value!r}.")
+        self.steps: list[int] = sorted(set(counts))
         if not self.steps or self.steps[0] < 1 or self.steps[-1] >= teacher_steps:
             raise ValueError(
                 f"`steps` must be positive and fewer than the {teacher_steps} of `teacher_steps`, got {self.steps}."
@@ -206,6 +222,13 @@ class Calibration:
             method="hermite",
             tables=None,
         )
+        head = getattr(getattr(pipe, "unet", None), "derivative_head", None)
+        own = set(map(str, self.steps)) & set(getattr(getattr(head, "config", None), "tables", None) or {})
+        if own:
+            logger.warning(
+                f"`pipe.unet` has a step head that was learned for {', '.join(sorted(own, key=int))} model calls too: "
+                "the calibrated tables go before those of the head, and do without its network."
+            )
         self.previous = entries(scheduler.config.get("tables")) if isinstance(scheduler, GenieScheduler) else {}
         self.process, self.parametrisation = self.solver.process, self.solver._conversion()
         self.accelerator = accelerator
@@ -247,6 +270,15 @@ class Calibration:
     def run(self) -> GenieScheduler:
         if self.folder is not None:
             self._claim(self.folder)
+        try:
+            self._learn_all()
+        finally:
+            if self.folder is not None and self.is_main and not list(self.folder.glob("recording/*.safetensors")):
+                (self.folder / "calibration.json").unlink(missing_ok=True)  # nothing was begun in it
+        self._check_teacher()
+        return GenieScheduler.from_config(self.solver.config, tables={**self.previous, **self.tables})
+
+    def _learn_all(self):
         with quiet(self.pipe), torch.no_grad():
             self.bar = tqdm(
                 total=self._planned(), desc="Calibration", unit="call", disable=None if self.is_main else True
@@ -265,15 +297,15 @@ class Calibration:
                         self._keep(count, entry, fit)
                     self.tables[str(count)] = entry
                 self.bar.total = self.bar.n
-        self._check_teacher()
-        config = self.solver.config
-        return GenieScheduler.from_config(config, tables={**self.previous, **self.tables})
 
     def learned_for(self, mu: float | None) -> dict[str, Any]:
         """The numbers of the call that a table may depend on."""
         plain = (int, float, bool)
         numbers = {name: value for name, value in self.inputs.items() if isinstance(value, plain)}
-        scales = {name: list(value) for name, value in self.inputs.items() if isinstance(value, tuple)}
+        several = {
+            n: v for n, v in self.inputs.items() if isinstance(v, tuple) or (n in SCALES and isinstance(v, list))
+        }
+        scales = {name: list(value) for name, value in several.items()}
         scales = {name: value for name, value in scales.items() if all(isinstance(one, plain) for one in value)}
         shift = {} if mu is None else {"mu": float(mu)}
         return {**numbers, **scales, **shift, "clip_sample": False, "thresholding": False}
@@ -285,9 +317,9 @@ class Calibration:
         for count in self.steps:
             greedy = count if batches == 1 else batches * count * (count + 1) // 2
             weights = sum(len(columns_of(index)) for index in range(count))
-            planned += (candidates + 2 * FINALISTS * (self.num_paths >= 2 * MIN_PATHS)) * greedy + self.refinements * (
-                weights + 2
-            ) * count * batches
+            # each refinement: as it is, every weight and timestep nudged, and two steps tried
+            planned += (candidates + 2 * FINALISTS * (self.num_paths >= 2 * MIN_PATHS)) * greedy
+            planned += self.refinements * (weights + count + 2) * count * batches
         return planned
 
     # --- calls of the pipeline -----------------------------------------------------------------------------------
@@ -393,7 +425,15 @@ class Calibration:
         batch = self.batches[0]
         ends = {2: torch.stack([recording.states[number][-1] for number in batch.numbers])}
         for part in (1, 0):
-            ends[part] = self._teach(batch, max(self.teacher_steps >> (2 - part), 1))[1]["states"][-1]
+            _, seen = self._teach(batch, max(self.teacher_steps >> (2 - part), 1))
+            ends[part] = seen["states"][-1]
+        recorded = torch.stack([recording.predictions[number][0] for number in batch.numbers])
+        changed = float((seen["predictions"][0] - recorded).norm() / recorded.norm())
+        if changed > SAME_MODEL:  # the first call of every run is the same
+            raise ValueError(
+                f"`output_dir` holds the recording of another model: this one answers the same call {changed:.2g} "
+                "away. Pass another `output_dir`, or delete it."
+            )
         own = {
             number: np.array([float((ends[part] - ends[part + 1])[place].norm()) for part in (0, 1)])
             / self.norms[number]
@@ -406,6 +446,10 @@ class Calibration:
         """A table cannot be nearer to the solution than what it was fitted to."""
         worse = [count for count, fit in self.fits.items() if self.teacher_error > fit.error]
         if len(worse) == len(self.fits) and self.teacher_error > self.coarse_error / 2:
+            if self.folder is not None and self.is_main:  # what cannot be learned from is not gone on from
+                shutil.rmtree(self.folder / "recording")
+                for path in (self.folder / "calibration.json", *self.folder.glob("table-*.json")):
+                    path.unlink()
             raise ValueError(
                 f"The recorded run does not converge: from {self.teacher_steps // 4} calls to "
                 f"{self.teacher_steps // 2} its end moves by {self.coarse_error:.2g}, and from there to "
@@ -463,7 +507,13 @@ class Calibration:
 
     def held_out_error(self, fit: Fit) -> float:
         """The error of each half of the paths with rows that are fitted to the other half."""
-        halves = np.arange(self.num_paths) % 2
+        # of all guidance scales in each half
+        scales = math.prod(
+            len(self.inputs[name]) for name in SCALES if isinstance(self.inputs.get(name), (list, tuple))
+        )
+        halves = np.arange(self.num_paths) // scales % 2
+        if len(set(halves.tolist())) == 1:
+            return fit.error
         errors = [self.fitted(fit.grid, fit.points, halves == half).errors[halves != half] for half in (0, 1)]
         return float(np.concatenate(errors).mean())
 

@@ -28,7 +28,7 @@ import genie_diffusers
 from ..model_card import create_model_card, standalone_usage
 from ..schedulers.scheduling_genie import GenieScheduler
 from .calibrator import MAX_NUMBERS, Calibration
-from .recording import SCALES, split_inputs
+from .recording import SCALES, is_for_all, split_inputs
 from .report import held_out_errors, pictures, plot, table_of_errors
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--refinements",
         type=int,
         default=1,
-        help="How often all rows are moved together; 0 takes a tenth of the time.",
+        help="How often all rows are moved together; 0 takes a quarter of the time.",
     )
     add("--max_batch_size", type=int, help="The most paths in a call of the pipeline. Default: all.")
     add(
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, program: str = "accelerate launch -m
     accelerator = Accelerator()
     inputs = inputs_of(args)
     pipe = load(args, accelerator)
-    fitted, held_out, num_paths = split(inputs, args.num_paths, args.held_out)
+    fitted, held_out, num_paths = split(pipe, inputs, args.num_paths, args.held_out)
     calibration = Calibration(
         pipe,
         args.steps,
@@ -150,6 +150,8 @@ def prompts_of(name: str, count: int | None) -> list[str]:
     if Path(name).is_file():
         prompts = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
     else:
+        if Path(name).suffix in (".txt", ".csv", ".json") or name.startswith((".", "/")):
+            raise ValueError(f"`--prompts` must be a text file that exists or a data set, got {name!r}.")
         try:
             from datasets import load_dataset
         except ModuleNotFoundError:
@@ -177,7 +179,7 @@ def load(args: argparse.Namespace, accelerator) -> DiffusionPipeline:
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     options = {name: getattr(torch, args.dtype)}
     options |= {} if args.variant is None else {"variant": args.variant}
-    index = json.loads((Path(args.model) / "model_index.json").read_text()) if Path(args.model).is_dir() else {}
+    index = DiffusionPipeline.load_config(args.model)
     # pipelines of ours load by their own class
     loader = getattr(genie_diffusers, str(index.get("_class_name")), DiffusionPipeline)
     pipe = loader.from_pretrained(args.model, **options)
@@ -189,18 +191,30 @@ def load(args: argparse.Namespace, accelerator) -> DiffusionPipeline:
 
 
 def split(
-    inputs: dict[str, Any], num_paths: int | None, held_out: int
+    pipe: DiffusionPipeline, inputs: dict[str, Any], num_paths: int | None, held_out: int
 ) -> tuple[dict[str, Any], dict[str, Any], int | None]:
     """The inputs of the paths that are fitted, those of the paths that are held out, and how many are fitted."""
-    lists = {name: value for name, value in inputs.items() if isinstance(value, list) and name not in SCALES}
-    if not lists:
+    per_path = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, list) and name not in SCALES and not is_for_all(pipe, name, value)
+    }
+    if not per_path:
         return inputs, inputs, num_paths
-    count = min(map(len, lists.values()))
+    lengths = {name: len(value) for name, value in per_path.items()}
+    name, count = next(iter(lengths.items()))
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{length} of `{name}`" for name, length in lengths.items())
+        raise ValueError(f"Inputs that are lists must have one entry for each path, got {found}.")
+    if num_paths is not None and num_paths > count:
+        raise ValueError(f"`--num_paths` must be at most the {count} of `{name}`, got {num_paths}.")
+    count = count if num_paths is None else num_paths
     if held_out >= count:
-        name = next(iter(lists))
-        raise ValueError(f"`--held_out` must leave a path to fit, got {held_out}, and {count} of `{name}`.")
-    fitted = {name: value[: count - held_out] if name in lists else value for name, value in inputs.items()}
-    rest = {name: value[count - held_out :] if name in lists else value for name, value in inputs.items()}
+        raise ValueError(
+            f"`--held_out` must leave a path to fit, got {held_out}, and {count} of `{name}`: `--held_out 0` fits all."
+        )
+    fitted = {name: value[: count - held_out] if name in per_path else value for name, value in inputs.items()}
+    rest = {name: value[count - held_out : count] if name in per_path else value for name, value in inputs.items()}
     return fitted, rest, None
 
 
@@ -212,7 +226,7 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
         "Pipeline": type(pipe).__name__,
         "Learned for": ", ".join(f"{n} calls ({fit.grid} grid)" for n, fit in calibration.fits.items()),
         "Paths": f"{calibration.num_paths}, seeds from {args.seed}",
-        "Inputs": ", ".join(f"`{n}={v}`" for n, v in calibration.inputs.items() if not isinstance(v, list)) or "none",
+        "Inputs": ", ".join(f"`{n}={shown_as(n, v)}`" for n, v in calibration.inputs.items()) or "none",
         "Recorded run": f"{args.teacher_steps} calls, {calibration.teacher_error:.3g} from one of half as many",
         "Error of the fitted paths": ", ".join(f"{fit.error:.3g}" for fit in calibration.fits.values()),
         "Model calls": f"{calibration.calls} of a batch of {len(calibration.batches[0])}",
@@ -262,15 +276,20 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
     logger.warning(f"The sampler of {', '.join(map(str, calibration.steps))} calls is in {folder}.")
 
 
+def shown_as(name: str, value: Any) -> str:
+    """An input, as a table shows it."""
+    return f"[{len(value)} of them]" if isinstance(value, list) and name not in SCALES else str(value)
+
+
 def usage_of(name: str, args: argparse.Namespace, calibration: Calibration) -> str:
     """The code that loads the sampler."""
     model = "path/to/model" if Path(args.model).exists() else args.model
     inputs = {n: (v[0] if isinstance(v, list) else v) for n, v in calibration.inputs.items()}
     given = "".join(f"{n}={v!r}, " for n, v in inputs.items())
     call = f"pipe({given}num_inference_steps={max(calibration.steps)})"
-    if args.standalone:
-        return standalone_usage(name, model, call=call)
     own = type(calibration.pipe).__name__ if hasattr(genie_diffusers, type(calibration.pipe).__name__) else None
+    if args.standalone and own is None:
+        return standalone_usage(name, model, call=call)
     pipeline = own or "DiffusionPipeline"
     lines = [
         *([] if own else ["from diffusers import DiffusionPipeline"]),

@@ -226,6 +226,11 @@ def split_inputs(
             f"`{partial[0]}` must be left out, got {inputs[partial[0]]}: a table is of a run from pure noise to data. "
             "Calibrate the whole run; parts of it use the learned timesteps."
         )
+    if inputs.get("eta"):
+        raise ValueError(f"`eta` must be left out, got {inputs['eta']}: what is calibrated adds no noise.")
+    empty = [name for name, value in inputs.items() if isinstance(value, (list, tuple)) and len(value) == 0]
+    if empty:
+        raise ValueError(f"`{empty[0]}` must not be empty.")
     unknown = [name for name in inputs if name not in accepted]
     if unknown:
         raise ValueError(
@@ -233,7 +238,7 @@ def split_inputs(
         )
     values = dict(inputs)
     scales = {name: list(values.pop(name)) for name in SCALES if isinstance(values.get(name), (list, tuple))}
-    shared = {name: values.pop(name) for name in [*values] if _is_for_all(pipe, name, values[name])}
+    shared = {name: values.pop(name) for name in [*values] if is_for_all(pipe, name, values[name])}
     lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -247,6 +252,9 @@ def split_inputs(
         name = next(iter(lengths), "inputs")
         raise ValueError(f"`num_paths` must be that of `{name}`, {given}, got {num_paths}.")
     count = given or num_paths or 8
+    for name, of_scale in scales.items():
+        if len(of_scale) > count:
+            raise ValueError(f"`{name}` must have at most as many scales as there are paths, {count}, got {of_scale}.")
     rank, processes = share
     if count < processes:
         raise ValueError(f"There must be a path for each of {processes} processes, got {count}: give more inputs.")
@@ -277,7 +285,7 @@ def split_inputs(
     return count, batches
 
 
-def _is_for_all(pipe: Any, name: str, value: Any) -> bool:
+def is_for_all(pipe: Any, name: str, value: Any) -> bool:
     """Whether a list belongs to all paths: of several ControlNets each takes one picture, or a path a list of them."""
     if not isinstance(value, list):
         return False

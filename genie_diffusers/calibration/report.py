@@ -64,6 +64,8 @@ def ends_of(calibration: Calibration, scheduler: SchedulerMixin, batches: Sequen
 
         scheduler.step = watched
         pipe.scheduler = scheduler
+        if scheduler is calibration.solver:  # pipelines of this package attach the head of their model
+            scheduler.attach(None)
         call = {"num_inference_steps": steps, "generator": batch.generators(), **batch.inputs}
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             call.setdefault("output_type", "latent")

@@ -234,15 +234,16 @@ class GaussianDiffusionScheduler(TableScheduler):
         """
         Whether `sigmas` are those that pipelines of flow-matching models pass for "n calls".
 
-        They are `linspace(1, 1/n, n)`, or, of N = `num_train_timesteps`, those nearest to `linspace(1, 1/N, n)`.
+        They are `linspace(1, 1/n, n)`, or those of whole timesteps from `num_train_timesteps` to 1 that BRIA's pipeline
+        passes.
         """
         points = torch.as_tensor(sigmas, device="cpu", dtype=torch.float64).numpy()
         if not self._flows or points.ndim != 1 or len(points) == 0:
             return False
         count, total = len(points), self.process.num_train_timesteps
-        # some of them pass through float32, and BRIA's through whole timesteps
-        allowed = ((count, 1e-6), (total, 1.001 / total))
-        return any(np.abs(points - np.linspace(1.0, 1.0 / n, count)).max() < error for n, error in allowed)
+        whole = (total - np.round(np.linspace(0, total - 1, count))) / total
+        # some of them pass through float32
+        return any(np.abs(points - ramp).max() < 1e-6 for ramp in (np.linspace(1.0, 1.0 / count, count), whole))
 
     def _chooses(self, num_inference_steps: int) -> bool:
         """Whether the configuration has a say in where so many calls are made."""

@@ -94,7 +94,7 @@ def test_classes_reach_the_unet(class_pipe, labels):
     torch.testing.assert_close(images, reference(GenieScheduler(), 4, noise(2), predict))
 
 
-def test_one_class_is_for_all_images(class_pipe):
+def test_one_classis_for_all_images(class_pipe):
     options = {"latents": noise(2), "batch_size": 2, "num_inference_steps": 3, "output_type": "latent"}
     one = class_pipe(class_labels=1, **options).images
     torch.testing.assert_close(one, class_pipe(class_labels=[1, 1], **options).images)
