@@ -288,8 +288,13 @@ def usage_of(name: str, args: argparse.Namespace, calibration: Calibration) -> s
     given = "".join(f"{n}={v!r}, " for n, v in inputs.items())
     call = f"pipe({given}num_inference_steps={max(calibration.steps)})"
     own = type(calibration.pipe).__name__ if hasattr(genie_diffusers, type(calibration.pipe).__name__) else None
-    if args.standalone and own is None:
-        return standalone_usage(name, model, call=call)
+    if args.standalone:
+        usage = standalone_usage(name, model, call=call)
+        if own is None:
+            return usage
+        imports = f"from diffusers import AutoModel\nfrom genie_diffusers import {own}"
+        usage = usage.replace("from diffusers import AutoModel, DiffusionPipeline", imports)
+        return usage.replace("DiffusionPipeline.from_pretrained", f"{own}.from_pretrained")
     pipeline = own or "DiffusionPipeline"
     lines = [
         *([] if own else ["from diffusers import DiffusionPipeline"]),

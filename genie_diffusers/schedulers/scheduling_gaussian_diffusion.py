@@ -234,8 +234,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         """
         Whether `sigmas` are those that pipelines of flow-matching models pass for "n calls".
 
-        They are `linspace(1, 1/n, n)`, or those of whole timesteps from `num_train_timesteps` to 1 that BRIA's pipeline
-        passes.
+        They are `linspace(1, 1/n, n)`, or those of whole timesteps from `num_train_timesteps` to 1 that BRIA passes.
         """
         points = torch.as_tensor(sigmas, device="cpu", dtype=torch.float64).numpy()
         if not self._flows or points.ndim != 1 or len(points) == 0:

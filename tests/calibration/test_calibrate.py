@@ -297,3 +297,66 @@ def test_a_table_serves_the_same_model_as_a_flow(vp_pipeline):
     found = run(table, noise_model, noise, Parametrisation("epsilon"))
     same = run(as_flow, flow_model, noise / scale[0], Parametrisation("flow_prediction"))
     torch.testing.assert_close(same, found, rtol=1e-9, atol=1e-9)
+
+
+# --- found by use ----------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_of_another_model_is_not_gone_on_from(vp_pipeline, tmp_path):
+    calibrate(vp_pipeline, 3, num_paths=2, refinements=0, output_dir=tmp_path)
+    vp_pipeline.mixture.means = 1.05 * vp_pipeline.mixture.means
+    with pytest.raises(ValueError, match="`output_dir` holds the recording of another model"):
+        calibrate(vp_pipeline, 3, num_paths=2, refinements=0, output_dir=tmp_path)
+    assert (tmp_path / "table-3.json").exists()
+
+
+def test_a_folder_of_a_run_that_does_not_converge_may_be_begun_anew(vp_pipeline, tmp_path, monkeypatch):
+    options = {"steps": 3, "num_paths": 2, "refinements": 0, "output_dir": tmp_path}
+    with monkeypatch.context() as patched:
+        generator = torch.Generator().manual_seed(0)
+        patched.setattr(
+            vp_pipeline.mixture,
+            "noise",
+            lambda sample, alpha, sigma: (
+                3 * torch.randn(sample.shape, generator=generator.manual_seed(int(1e6 * sigma)))
+            ),
+        )
+        with pytest.raises(ValueError, match="Take more `teacher_steps`"):
+            calibrate(vp_pipeline, **options)
+        patched.setattr(vp_pipeline.mixture, "noise", lambda sample, alpha, sigma: sample.double() * float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            calibrate(vp_pipeline, **options, seed=1)
+    calibrate(vp_pipeline, **options, teacher_steps=40)
+
+
+def test_each_half_of_the_paths_has_every_guidance_scale(vp_pipeline):
+    calibration = Calibration(vp_pipeline, 3, num_paths=4, guidance_scale=[1.0, 1.2], refinements=0)
+    chosen = []
+    calibration.fitted = lambda grid, points, chosen_paths=None: chosen.append(chosen_paths) or Halves()
+
+    class Halves:
+        grid, points, errors = "optimal", [0], np.ones(4)
+
+    calibration.held_out_error(Halves())
+    scales = np.array([1.0, 1.2, 1.0, 1.2])
+    assert [sorted(scales[one]) for one in chosen] == [[1.0, 1.2], [1.0, 1.2]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 8.0},
+        {"steps": "4"},
+        {"steps": (2.5,)},
+        {"num_paths": 0},
+        {"max_batch_size": 0},
+        {"max_numbers": -1},
+        {"refinements": -1},
+        {"guidance_scale": ()},
+        {"prompt": []},
+        {"num_paths": 2, "guidance_scale": (1.0, 2.0, 3.0)},
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(vp_pipeline, options):
+    with pytest.raises(ValueError, match=f"`{list(options)[-1]}` must"):
+        calibrate(vp_pipeline, **{"steps": 3, **options})

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from genie_diffusers import GeniePipeline, GenieScheduler
-from genie_diffusers.calibration.launch import inputs_of, main, parser, prompts_of
+from genie_diffusers.calibration.launch import inputs_of, main, parser, prompts_of, split
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,18 @@ def test_two_processes_learn_what_one_does(folder, tmp_path, batch):
         for row, other in zip(entry["rows"], second[key]["rows"], strict=True):
             for term in row:
                 np.testing.assert_allclose(row[term], other[term], rtol=1e-3, atol=1e-4)
+
+
+def test_lists_are_split_by_path(folder):
+    pipe = GeniePipeline.from_pretrained(folder)
+    inputs = {"class_labels": [0, 1, 2, 3], "guidance_scale": [1, 2]}
+    fitted, rest, count = split(pipe, inputs, 3, 1)
+    assert (
+        fitted == {"class_labels": [0, 1], "guidance_scale": [1, 2]} and rest["class_labels"] == [2] and count is None
+    )
+    with pytest.raises(ValueError, match="one entry for each path, got 2 of `prompt`, 3 of `negative_prompt`"):
+        split(pipe, {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, None, 1)
+    with pytest.raises(ValueError, match="`--num_paths` must be at most the 4"):
+        split(pipe, inputs, 5, 1)
+    shared = {"prompt": ["a", "b", "c"], "controlnet_conditioning_scale": [0.5, 0.6]}
+    assert split(pipe, shared, None, 1)[0] == {**shared, "prompt": ["a", "b"]}
