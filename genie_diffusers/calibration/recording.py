@@ -160,7 +160,8 @@ class Coordinates:
         self.choose(rows.shape[1])
         if self.kept is not None:
             rows = rows[:, self.kept.to(rows.device)]
-        return rows.to(device="cpu", dtype=torch.float32)
+        # Kandinsky 5 writes the next sample into the tensor of this one
+        return rows.to(device="cpu", dtype=torch.float32, copy=True)
 
 
 def products_of(columns: Sequence[torch.Tensor]) -> np.ndarray:
