@@ -362,6 +362,8 @@ class Calibration:
                 for number in batch.numbers:
                     tensors = load_file(str(self._path_file(number)))
                     states[number], predictions[number] = tensors["states"], tensors["predictions"]
+                    if "free" in tensors:
+                        self.coordinates.free[number] = tensors["free"]
                     timesteps = tensors["timesteps"].numpy()
                     mu = float(tensors["mu"]) if "mu" in tensors else None
                 self.coordinates.choose(int(tensors["size"]))
@@ -372,6 +374,11 @@ class Calibration:
             for place, number in enumerate(batch.numbers):
                 states[number] = torch.stack([state[place] for state in seen["states"]])
                 predictions[number] = torch.stack([made[place] for made in seen["predictions"]])
+                self.coordinates.leave_out(number, seen["written"][0][place])
+                free = self.coordinates.free.get(number)
+                if free is not None:
+                    states[number] *= free
+                    predictions[number] *= free
                 path = kept[place]
                 if path is not None:
                     tensors = {
@@ -381,12 +388,17 @@ class Calibration:
                         "size": torch.tensor(self.coordinates.size),
                     }
                     tensors |= {} if mu is None else {"mu": torch.tensor(mu, dtype=torch.float64)}
+                    tensors |= {} if free is None else {"free": free}
                     _write(path, functools.partial(save_file, tensors))
         return Recording(timesteps, mu, states, predictions)
 
     def _teach(self, batch: Batch, steps: int, to_the_end: bool = False) -> tuple[Probe, dict[str, list]]:
-        """A run of the solver at `steps` points, and the states and predictions that it saw."""
-        seen: dict[str, list] = {"states": [], "predictions": []}
+        """
+        A run of the solver at `steps` points, and what it saw: the states and predictions, and which numbers of a
+        state are not those that it has returned.
+        """
+        seen: dict[str, list] = {"states": [], "predictions": [], "written": []}
+        returned: list[torch.Tensor] = []
         columns: list[Columns] = []
 
         def points(probe: Probe) -> np.ndarray:
@@ -395,13 +407,17 @@ class Calibration:
             return found
 
         def visit(probe: Probe, index: int, sample: torch.Tensor, output: torch.Tensor):
-            seen["states"].append(self.coordinates.of(sample, len(batch)))
+            state = self.coordinates.of(sample, batch.numbers)
+            seen["states"].append(state)
+            written = state != (returned[0] if returned else state)
+            seen["written"] = [written | earlier for earlier in seen["written"]] or [written]
             made = columns[0].prediction(index, sample, output)
-            seen["predictions"].append(self.coordinates.of(made, len(batch)))
+            seen["predictions"].append(self.coordinates.of(made, batch.numbers))
 
         def after(index: int, following: torch.Tensor):
+            returned[:] = [self.coordinates.of(following, batch.numbers)]
             if index + 1 == steps:
-                seen["states"].append(self.coordinates.of(following, len(batch)))
+                seen["states"] += returned
                 if not to_the_end:
                     raise Seen
 
@@ -560,7 +576,7 @@ class Calibration:
             if until is None or index == until:
                 following = [*points[1:], len(self.levels)][index]
                 target = torch.stack([self.targets[number][following] for number in batch.numbers])
-                found = products_of([*(self.coordinates.of(tensor, len(batch)) for tensor in tensors), target])
+                found = products_of([*(self.coordinates.of(tensor, batch.numbers) for tensor in tensors), target])
                 see(index, {n: found[i] / self.norms[n] ** 2 for i, n in enumerate(batch.numbers)})
                 if index == until:
                     raise Seen
@@ -633,13 +649,13 @@ class Calibration:
             def visit(probe, index, sample, output, batch=batch, columns=columns):
                 tensors = columns(index, sample, output)
                 if with_products:
-                    found = products_of([self.coordinates.of(tensor, len(batch)) for tensor in tensors])
+                    found = products_of([self.coordinates.of(tensor, batch.numbers) for tensor in tensors])
                     for i, number in enumerate(batch.numbers):
                         products[index][number] = found[i] / self.norms[number] ** 2
                 following = weighted(fit.weights[index], tensors, sample.dtype)
                 if index + 1 < len(fit.weights):
                     return following
-                for number, end in zip(batch.numbers, self.coordinates.of(following, len(batch)), strict=True):
+                for number, end in zip(batch.numbers, self.coordinates.of(following, batch.numbers), strict=True):
                     ends[number] = end
                 raise Seen
 

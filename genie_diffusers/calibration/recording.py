@@ -138,6 +138,8 @@ class Coordinates:
         self.limit, self.size = limit, 0
         self.kept: torch.Tensor | None = None
         self.is_doubled: bool | None = None
+        #: of a path the numbers that the pipeline leaves to its scheduler, if that is not all of them; others are zero
+        self.free: dict[int, torch.Tensor] = {}
 
     def choose(self, size: int):
         """Which of `size` numbers are kept: the same in every run and process."""
@@ -147,7 +149,9 @@ class Coordinates:
             self.kept = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: self.limit].sort().values
         self.size = size
 
-    def of(self, batch: torch.Tensor, paths: int) -> torch.Tensor:
+    def of(self, batch: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """Of the paths of these numbers."""
+        paths = len(numbers)
         if batch.shape[0] % paths and paths > 1:
             raise ValueError(
                 f"`pipe` steps a sample of shape {tuple(batch.shape)} for {paths} paths, which its first dimension is "
@@ -161,7 +165,22 @@ class Coordinates:
         if self.kept is not None:
             rows = rows[:, self.kept.to(rows.device)]
         # Kandinsky 5 writes the next sample into the tensor of this one
-        return rows.to(device="cpu", dtype=torch.float32, copy=True)
+        rows = rows.to(device="cpu", dtype=torch.float32, copy=True)
+        for row, number in zip(rows, numbers, strict=True):
+            if number in self.free:
+                row *= self.free[number]
+        return rows
+
+    def leave_out(self, number: int, written: torch.Tensor):
+        """Of a path the numbers that the pipeline writes itself between steps, as for inpainting."""
+        if not written.any():
+            return
+        if written.all():
+            raise ValueError(
+                "`pipe` changes all of its sample between steps (a callback, or what it does itself): what its "
+                "scheduler returns is not what is stepped from. Calibrate without that."
+            )
+        self.free[number] = ~written
 
 
 def products_of(columns: Sequence[torch.Tensor]) -> np.ndarray:

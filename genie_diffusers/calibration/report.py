@@ -74,7 +74,7 @@ def ends_of(calibration: Calibration, scheduler: SchedulerMixin, batches: Sequen
                 pipe(**call)
         finally:
             del scheduler.step
-        ends.append(calibration.coordinates.of(last[0], len(batch)))
+        ends.append(calibration.coordinates.of(last[0], batch.numbers))
     return torch.cat(ends)
 
 
@@ -95,7 +95,7 @@ def solved(calibration: Calibration, batches: Sequence[Batch], steps: int) -> to
 
         def after(index: int, following: torch.Tensor, batch=batch):
             if index + 1 == steps:
-                ends.append(calibration.coordinates.of(following, len(batch)))
+                ends.append(calibration.coordinates.of(following, batch.numbers))
                 raise Seen
 
         probe.after = after

@@ -126,6 +126,24 @@ def test_a_compiled_transformer():
     torch.testing.assert_close(draw(pipe, learned, inputs, 3), found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_what_a_pipeline_writes_itself_is_kept_with_the_recording(tmp_path):
+    pipe, inputs = FAMILIES["flux_inpainting"]()
+    first = learn(pipe, inputs, steps=3, output_dir=tmp_path).config["tables"]["3"]
+    (tmp_path / "table-3.json").unlink()
+    assert learn(pipe, inputs, steps=3, output_dir=tmp_path).config["tables"]["3"] == first
+
+
+def test_a_sample_that_a_callback_changes_everywhere_is_refused():
+    pipe, inputs = FAMILIES["sd3"]()
+
+    def change(pipe, index, timestep, tensors):
+        return {"latents": 0.9 * tensors["latents"]}
+
+    with pytest.raises(ValueError, match="`pipe` changes all of its sample between steps"):
+        learn(pipe, {**inputs, "callback_on_step_end": change})
+
+
 def test_pipelines_that_do_not_leave_the_timesteps_to_their_scheduler_say_so():
     for (pipe, inputs), message in (
         # the model is told timesteps that are not those of the noise levels

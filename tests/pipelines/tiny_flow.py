@@ -547,6 +547,86 @@ def hidream():
 
 
 @family
+def kandinsky_5():
+    """Which writes the next sample into the tensor of the one before."""
+    model = transformer(
+        "Kandinsky5Transformer3DModel",
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+    )
+    waves = model.time_embeddings.in_layer.weight.data.unflatten(1, (2, -1))
+    waves[:, :, : 3 * waves.shape[-1] // 4] = 0
+    pipe = diffusers.Kandinsky5T2VPipeline(
+        transformer=model,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=10.0),
+    )
+    inputs = {"guidance_scale": 5.0, "height": 32, "width": 32, "num_frames": 5}
+    for seed, name in enumerate(("", "negative_")):
+        inputs[f"{name}prompt_embeds_qwen"] = embeddings(2, 4, 16, seed=seed)
+        inputs[f"{name}prompt_embeds_clip"] = embeddings(2, 16, seed=seed)
+        inputs[f"{name}prompt_cu_seqlens"] = torch.tensor([0, 4, 8], dtype=torch.int32)
+    return with_outputs_of_order_one(pipe, inputs, model.out_layer.out_layer)
+
+
+@family
+def wan_from_a_picture():
+    """Of Wan 2.1 and 2.2: latents of the picture are further channels."""
+    model = transformer(
+        "WanTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=64,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    torch.manual_seed(0)
+    decoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, num_train_timesteps=1000
+    )
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder("UMT5"),
+        vae=decoder.eval(),
+        scheduler=scheduler,
+        transformer=model,
+    )
+    pipe.register_modules(transformer_2=None)
+    inputs = {"prompt_embeds": embeddings(2, 4, 16), "negative_prompt_embeds": embeddings(2, 4, 16, seed=1)}
+    inputs |= {"image": Image.new("RGB", (32, 32), (200, 100, 50)), "guidance_scale": 5.0}
+    inputs |= {"height": 32, "width": 32, "num_frames": 5}
+    return with_outputs_of_order_one(pipe, inputs, model.proj_out)
+
+
+@family
+def flux_inpainting():
+    """Which writes the known part of the picture into the sample between steps."""
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 8, 4))
+    picture = Image.new("RGB", (8, 8), (200, 100, 50))
+    return _flux(diffusers.FluxInpaintPipeline, guidance_scale=3.5, image=picture, mask_image=mask, strength=1.0)
+
+
+@family
 def bria():
     return bria_with()
 
