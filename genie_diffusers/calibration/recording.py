@@ -18,7 +18,7 @@ from .fitting import columns_of, prediction_term
 #: inputs of a call by which it draws several pictures for one prompt
 REPEATS = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 #: inputs of a call that take one number for all pictures; several of them make groups of paths
-SCALES = ("guidance_scale", "true_cfg_scale")
+SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 #: inputs of a call whose lists are not one for each path, but for each adapter, ControlNet or layer
 SHARED_LISTS = (
     "ip_adapter_image",

@@ -32,3 +32,14 @@ def test_pictures_that_all_paths_share_reach_the_call_as_a_list():
         assert all(batch.inputs["image"] == ["one", "two"] for batch in batches)
     _, batches = split_inputs(Pipeline(), {"prompt": ["a cat", "a dog"], "image": ["one", "two"]}, None, 0, 1)
     assert [batch.inputs["image"] for batch in batches] == [["one"], ["two"]]
+
+
+def test_scales_of_two_models_are_used_in_turn_together():
+    class Pipeline:
+        def __call__(self, prompt, guidance_scale=4.0, guidance_scale_2=None, generator=None):
+            """Of Wan 2.2, whose second transformer has a scale of its own."""
+
+    inputs = {"prompt": ["a", "b", "c"], "guidance_scale": [4.0, 5.0], "guidance_scale_2": [3.0, 3.5]}
+    _, batches = split_inputs(Pipeline(), inputs, None, 0, None)
+    found = [(batch.numbers, batch.inputs["guidance_scale"], batch.inputs["guidance_scale_2"]) for batch in batches]
+    assert found == [([0, 2], 4.0, 3.0), ([1], 5.0, 3.5)]
