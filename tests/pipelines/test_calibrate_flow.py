@@ -19,7 +19,18 @@ from tiny_flow import FAMILIES, bria_with, cogview_4, own
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
-QUICK = ("sd3", "flux", "flux_2", "qwen_image", "sana", "wan", "ltx", "hunyuan_video")
+QUICK = (
+    "sd3",
+    "flux",
+    "flux_2",
+    "flux_inpainting",
+    "qwen_image",
+    "sana",
+    "wan",
+    "ltx",
+    "hunyuan_video",
+    "kandinsky_5",
+)
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 

@@ -389,6 +389,7 @@ def wan_2_2():
     pipe, inputs = wan()
     pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
     pipe.register_to_config(boundary_ratio=0.875)
+    torch.manual_seed(1)
     for parameter in pipe.transformer_2.parameters():
         parameter.data += 0.03 * parameter.data.std() * torch.randn_like(parameter)
     return pipe, {**inputs, "guidance_scale": 4.0, "guidance_scale_2": 3.0}
@@ -420,6 +421,24 @@ def ltx():
     inputs = {"prompt": PROMPTS, "negative_prompt": "blurry", "guidance_scale": 3.0, "height": 64, "width": 64}
     inputs |= {"num_frames": 9, "max_sequence_length": 8}
     return with_outputs_of_order_one(pipe, inputs, model.proj_out)
+
+
+@family
+def ltx_from_a_picture():
+    """Which steps all frames but the first."""
+    torch.manual_seed(0)
+    decoder = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    pipe, inputs = ltx()
+    pipe = diffusers.LTXImageToVideoPipeline(**{**pipe.components, "vae": decoder.eval()})
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [Image.new("RGB", (64, 64), (200, 100, 50 * i)) for i in (1, 2)]
+    return pipe, {**inputs, "image": pictures, "num_frames": 17}
 
 
 @family
