@@ -23,7 +23,12 @@ SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 SHARED_LISTS = (
     "ip_adapter_image",
     "ip_adapter_image_embeds",
+    "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds",
+    "complex_human_instruction",
+    "conditioning_scale",
     "controlnet_conditioning_scale",
+    "control_mode",
     "control_guidance_start",
     "control_guidance_end",
     "adapter_conditioning_scale",
@@ -32,6 +37,8 @@ SHARED_LISTS = (
 )
 #: inputs of a call that may be one text or one for each picture; `system_prompt` and others are one for all
 PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
+#: pipelines, by how their names begin, of which each path takes all the pictures of a list
+REFERENCES = ("Flux2", "QwenImageEditPlus", "ZImageOmni")
 
 
 class Seen(Exception):
@@ -266,10 +273,16 @@ def split_inputs(
             + ", ".join(f"{length} of `{name}`" for name, length in lengths.items())
             + ". What all paths share is passed as a tuple or as it is."
         )
-    rows = [len(value) for name, value in values.items() if torch.is_tensor(value) and name != "image" and value.ndim]
-    given = next(iter(lengths.values()), None) or next(iter(rows), None)
+    tensors = {name: value for name, value in values.items() if torch.is_tensor(value) and value.ndim}
+    # one row of a prompt's embeddings is shared by all paths, as a text is
+    rows = {
+        name: len(value)
+        for name, value in tensors.items()
+        if name != "image" and (len(value) > 1 or "prompt" not in name)
+    }
+    given = next(iter(lengths.values()), None) or next(iter(rows.values()), None)
     if given is not None and num_paths not in (None, given):
-        name = next(iter(lengths), "inputs")
+        name = next(iter(lengths), None) or next(iter(rows))
         raise ValueError(f"`num_paths` must be that of `{name}`, {given}, got {num_paths}.")
     count = given or num_paths or 8
     for name, of_scale in scales.items():
@@ -313,7 +326,7 @@ def is_for_all(pipe: Any, name: str, value: Any) -> bool:
     control = "control_image" if "control_image" in inspect.signature(type(pipe).__call__).parameters else "image"
     if several and name == control:
         return not any(isinstance(one, list) for one in value)
-    return name in SHARED_LISTS
+    return name in SHARED_LISTS or (name == "image" and type(pipe).__name__.startswith(REFERENCES))
 
 
 def _listed(name: str, value: Any) -> bool:
@@ -341,6 +354,20 @@ def quiet(pipe: Any):
         pipe.set_progress_bar_config(**bar)
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device | None):
+    """
+    With the global generators at a seed, and afterwards as they were.
+
+    Pipelines draw from them what they draw without the `generator` of a call, such as the latents of the pictures for
+    ControlNets of Stable Diffusion 3: the runs of a batch must all see the same.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
     """Call the pipeline with a probe as its scheduler; whether the call came to its own end."""
     pipe.scheduler = probe
@@ -349,7 +376,8 @@ def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         call.setdefault("output_type", "latent")
     try:
-        pipe(**call)
+        with seeded((1 << 32) + batch.seed + batch.numbers[0], getattr(pipe, "_execution_device", None)):
+            pipe(**call)
     except BaseException as stopped:
         # what the end of the call would have done for offloaded models and caches
         getattr(pipe, "maybe_free_model_hooks", lambda: None)()
