@@ -240,7 +240,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         if not self._flows or points.ndim != 1 or len(points) == 0:
             return False
         count, total = len(points), self.process.num_train_timesteps
-        whole = (total - np.round(np.linspace(0, total - 1, count))) / total
+        whole = (total - np.floor(np.linspace(0, total - 1, count))) / total
         # some of them pass through float32
         return any(np.abs(points - ramp).max() < 1e-6 for ramp in (np.linspace(1.0, 1.0 / count, count), whole))
 
