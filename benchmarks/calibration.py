@@ -210,7 +210,7 @@ def text_of(report: dict, args: argparse.Namespace) -> str:
     """The tables of a report."""
     peers = VP_PEERS if args.model == "vp" else tuple(FLOW_PEERS)
     parts = [
-        f"Written by `python benchmarks/calibration.py --model {args.model}`: mean relative error to the converged "
+        f"Written by `python benchmarks/calibration.py {args.command}`: mean relative error to the converged "
         f"solution over {args.noises} noises, its standard error, and in brackets the ratio to the best peer's. "
         f"Fitted to {args.paths} paths; peers on their best grids, chosen on {args.choice_noises} other noises."
     ]
@@ -322,6 +322,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--choice_noises", type=int, default=16)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
     args = parser.parse_args(argv)
+    args.command = " ".join(sys.argv[1:] if argv is None else argv)
     diffusers.utils.logging.set_verbosity_error()
     if args.cost_of is not None:
         cost_of(args.cost_of, args.model)
