@@ -163,7 +163,6 @@ class Fit:
     levels: Levels
     weights: list[np.ndarray]
     errors: np.ndarray
-    refined: bool = False
     #: of the pipeline's calls, which may depend on how many there are
     mu: float | None = None
 
@@ -445,7 +444,7 @@ class Calibration:
             ends[part] = seen["states"][-1]
         recorded = torch.stack([recording.predictions[number][0] for number in batch.numbers])
         changed = float((seen["predictions"][0] - recorded).norm() / recorded.norm())
-        if changed > SAME_MODEL:  # the first call of every run is the same
+        if self.folder is not None and changed > SAME_MODEL:  # the first call of every run is the same
             raise ValueError(
                 f"`output_dir` holds the recording of another model: this one answers the same call {changed:.2g} "
                 "away. Pass another `output_dir`, or delete it."
@@ -622,7 +621,7 @@ class Calibration:
                 number: np.array(float((end - self.targets[number][-1]).norm()) / self.norms[number])
                 for number, end in self._ends(tried)[1].items()
             }
-            tried = dataclasses.replace(tried, errors=np.array(self.gathered(own)), refined=True)
+            tried = dataclasses.replace(tried, errors=np.array(self.gathered(own)))
             if tried.error < (fit if best is None else best).error:
                 best = tried
         return best
@@ -712,16 +711,13 @@ class Calibration:
         if path is None or not path.exists():
             return None
         kept = json.loads(path.read_text())
-        table = Table.from_dict(kept["table"], self.process, count)
-        errors = np.array(kept["errors"])
-        self.fits[count] = Fit(
-            kept["grid"], [], self._levels(np.asarray(table.timesteps)), [], errors, kept["refined"]
-        )
+        levels = self._levels(np.asarray(Table.from_dict(kept["table"], self.process, count).timesteps))
+        self.fits[count] = Fit(kept["grid"], [], levels, [], np.array(kept["errors"]))
         return kept["table"]
 
     def _keep(self, count: int, entry: dict, fit: Fit):
         if self.folder is not None and self.is_main:
-            kept = {"table": entry, "grid": fit.grid, "errors": fit.errors.tolist(), "refined": fit.refined}
+            kept = {"table": entry, "grid": fit.grid, "errors": fit.errors.tolist()}
             text = json.dumps(kept, indent=2) + "\n"
             _write(self.folder / f"table-{count}.json", lambda partial: Path(partial).write_text(text))
 

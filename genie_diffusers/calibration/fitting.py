@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..core.solvers.ddim import ddim
 from ..core.table import Levels, Row, Table
 
 #: predictions that a row weighs, this one and earlier ones
@@ -36,14 +37,11 @@ def columns_of(index: int) -> list[tuple[str, int]]:
 
 def ddim_weights(levels: Levels, index: int) -> np.ndarray:
     """The weights of DDIM for the columns of row `index`: what rows are pulled towards."""
-    weights = np.zeros(len(columns_of(index)))
-    (alpha, alpha_next), (sigma, sigma_next) = levels.alphas[index : index + 2], levels.sigmas[index : index + 2]
-    if prediction_term(alpha, sigma) == "data":  # x' = (σ'/σ) x + (α' − α σ'/σ) x_0
-        weights[0] = sigma_next / sigma
-        weights[1] = alpha_next - weights[0] * alpha
-    else:  # x' = (α'/α) x + (σ' − σ α'/α) ε
-        weights[0] = alpha_next / alpha
-        weights[1] = sigma_next - weights[0] * sigma
+    weights, row = np.zeros(len(columns_of(index))), ddim(levels, index)
+    weights[:2] = row.get(("sample", 0), 0.0), row["data", 0]
+    alpha, sigma = levels.alphas[index], levels.sigmas[index]
+    if prediction_term(alpha, sigma) == "prediction":  # x_0 = (x − σ ε)/α
+        weights[:2] = weights[0] + weights[1] / alpha, -weights[1] * sigma / alpha
     return weights
 
 
@@ -77,8 +75,8 @@ def optimal_grids(products: np.ndarray, levels: Levels, counts: Sequence[int], p
     For each number of calls the points of a recorded run whose rows miss it least.
 
     A row from the points p and c to n is taken to be the best [x_c, c_c, c_p] → x_n, from the state of the recording.
-    The sum of squares that it misses, in units of a variance-preserving state and times ᾱ_n^{−2·power}, is
-    what a step costs, and the grid is the cheapest path of `counts` steps, by dynamic programming over (p, c).
+    The sum of squares that it misses, of states scaled to α² + σ² = 1 and times α_n^{−2·power}, is what a step costs,
+    and the grid is the cheapest path of `counts` steps, by dynamic programming over (p, c).
 
     Args:
         products (`np.ndarray` of shape `(2 M + 1, 2 M + 1)`):
@@ -139,7 +137,11 @@ def whitened(products: np.ndarray) -> np.ndarray:
     Directions in the weights of a row, as columns, each of which moves its result by a root mean square of one.
 
     Args:
-        products (`np.ndarray`): Of the row's columns, in units of the final sample.
+        products (`np.ndarray` of shape `(columns, columns)`):
+            Of the row's columns with each other, divided by the square of the norm of the final sample.
+
+    Returns:
+        `np.ndarray` of shape `(columns, columns)`: The directions.
     """
     values, vectors = np.linalg.eigh(products)
     values = np.maximum(values, 0.0)
@@ -153,8 +155,11 @@ def joint_step(products: np.ndarray) -> np.ndarray:
 
     Args:
         products (`np.ndarray` of shape `(paths, directions + 1, directions + 1)`):
-            For each of n paths those of the columns of J, how its final sample changes with each number, and, last, of
-            r, the error of its final sample, both in units of that.
+            For each of n paths the products of the columns of J, how its final sample changes with each number, and,
+            last, of r, its error, both divided by the norm of the final sample.
+
+    Returns:
+        `np.ndarray` of shape `(directions,)`: What to add to each number.
     """
     total = products.sum(axis=0)
     return -np.linalg.solve(total[:-1, :-1] + len(products) * DAMPING * np.eye(len(total) - 1), total[:-1, -1])

@@ -19,7 +19,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from huggingface_hub import create_repo, upload_folder
 from packaging.version import Version
 
@@ -28,10 +27,8 @@ import genie_diffusers
 from ..model_card import create_model_card, standalone_usage
 from ..schedulers.scheduling_genie import GenieScheduler
 from .calibrator import MAX_NUMBERS, Calibration
-from .recording import SCALES, is_for_all, split_inputs
-from .report import held_out_errors, pictures, plot, table_of_errors
-
-logger = logging.get_logger(__name__)
+from .recording import SCALES, per_path, split_inputs
+from .report import PEERS, held_out_errors, pictures, plot, table_of_errors
 
 #: columns of a data set that prompts are looked for in
 PROMPT_COLUMNS = ("prompt", "text", "caption", "Prompt")
@@ -194,18 +191,10 @@ def split(
     pipe: DiffusionPipeline, inputs: dict[str, Any], num_paths: int | None, held_out: int
 ) -> tuple[dict[str, Any], dict[str, Any], int | None]:
     """The inputs of the paths that are fitted, those of the paths that are held out, and how many are fitted."""
-    per_path = {
-        name: value
-        for name, value in inputs.items()
-        if isinstance(value, list) and name not in SCALES and not is_for_all(pipe, name, value)
-    }
-    if not per_path:
+    lists = per_path(pipe, inputs)
+    if not lists:
         return inputs, inputs, num_paths
-    lengths = {name: len(value) for name, value in per_path.items()}
-    name, count = next(iter(lengths.items()))
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{length} of `{name}`" for name, length in lengths.items())
-        raise ValueError(f"Inputs that are lists must have one entry for each path, got {found}.")
+    name, count = next((name, len(value)) for name, value in lists.items())
     if num_paths is not None and num_paths > count:
         raise ValueError(f"`--num_paths` must be at most the {count} of `{name}`, got {num_paths}.")
     count = count if num_paths is None else num_paths
@@ -213,8 +202,8 @@ def split(
         raise ValueError(
             f"`--held_out` must leave a path to fit, got {held_out}, and {count} of `{name}`: `--held_out 0` fits all."
         )
-    fitted = {name: value[: count - held_out] if name in per_path else value for name, value in inputs.items()}
-    rest = {name: value[count - held_out : count] if name in per_path else value for name, value in inputs.items()}
+    fitted = {name: value[: count - held_out] if name in lists else value for name, value in inputs.items()}
+    rest = {name: value[count - held_out : count] if name in lists else value for name, value in inputs.items()}
     return fitted, rest, None
 
 
@@ -234,9 +223,8 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
     }
     shown, errors = {}, {}
     if args.held_out:
-        paths = {"num_paths": None if any(isinstance(v, list) for v in held_out.values()) else args.held_out}
-        seed = args.seed + calibration.num_paths
-        _, batches = split_inputs(pipe, held_out, paths["num_paths"], seed, args.max_batch_size)
+        count, first = None if per_path(pipe, held_out) else args.held_out, calibration.num_paths
+        _, batches = split_inputs(pipe, held_out, count, args.seed, args.max_batch_size, first=first)
         errors = held_out_errors(calibration, scheduler, batches)
         (folder / "errors.json").write_text(
             json.dumps({name: {n: v.tolist() for n, v in row.items()} for name, row in errors.items()}, indent=2)
@@ -244,11 +232,12 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
         )
         if plot(errors, folder / "errors.png"):
             shown["errors.png"] = "Relative distance to the converged run, on paths that were not fitted."
-        caption = pictures(calibration, scheduler, batches[0], max(calibration.steps), folder / "pictures.png")
+        peers = [name for name in errors if name in PEERS]
+        caption = pictures(calibration, scheduler, peers, batches[0], folder / "pictures.png")
         if caption is not None:
             shown["pictures.png"] = caption
         table = table_of_errors(errors)
-        logger.warning(f"Relative error on {args.held_out} paths that were not fitted:\n{table}")
+        print(f"Relative error on {args.held_out} paths that were not fitted:\n{table}")
     name = args.hub_model_id or folder.name
     described = (
         f"A sampler learned by `genie_diffusers.calibrate` for "
@@ -273,7 +262,7 @@ def publish(calibration: Calibration, scheduler: GenieScheduler, held_out: dict[
     if args.push_to_hub:
         url = create_repo(name, exist_ok=True)
         upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=["recording/*", "table-*.json"])
-    logger.warning(f"The sampler of {', '.join(map(str, calibration.steps))} calls is in {folder}.")
+    print(f"The sampler of {', '.join(map(str, calibration.steps))} calls is in {folder}.")
 
 
 def shown_as(name: str, value: Any) -> str:

@@ -225,6 +225,7 @@ def split_inputs(
     seed: int,
     max_batch_size: int | None,
     share: tuple[int, int] = (0, 1),
+    first: int = 0,
 ) -> tuple[int, list[Batch]]:
     """
     The paths of a calibration, and those of one process in batches.
@@ -233,9 +234,10 @@ def split_inputs(
         pipe ([`DiffusionPipeline`]): Whose call they are inputs of.
         inputs (mapping): What is a list is one for each path, and so is a tensor of as many rows.
         num_paths (`int`, *optional*): How many, where nothing in `inputs` says it. Default: 8.
-        seed (`int`): Of the first path; the next one has the next seed.
+        seed (`int`): Of path 0; the next one has the next seed.
         max_batch_size (`int`, *optional*): The most paths in a call.
         share (`tuple[int, int]`): The number of the process, and of all processes.
+        first (`int`, defaults to 0): The number of the first path.
 
     Returns:
         `tuple[int, list[Batch]]`: The number of paths of all processes, and the batches of this one.
@@ -264,15 +266,9 @@ def split_inputs(
             f"`{unknown[0]}` is no input of a {type(pipe).__name__}, whose inputs are {', '.join(list(accepted)[1:])}."
         )
     values = dict(inputs)
+    lengths = {name: len(value) for name, value in per_path(pipe, inputs).items()}
     scales = {name: list(values.pop(name)) for name in SCALES if isinstance(values.get(name), (list, tuple))}
-    shared = {name: values.pop(name) for name in [*values] if is_for_all(pipe, name, values[name])}
-    lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            "Inputs that are lists must have one entry for each path, got "
-            + ", ".join(f"{length} of `{name}`" for name, length in lengths.items())
-            + ". What all paths share is passed as a tuple or as it is."
-        )
+    shared = {name: values.pop(name) for name in [*values] if _is_for_all(pipe, name, values[name])}
     tensors = {name: value for name, value in values.items() if torch.is_tensor(value) and value.ndim}
     # one row of a prompt's embeddings is shared by all paths, as a text is
     rows = {
@@ -310,15 +306,36 @@ def split_inputs(
         size = max_batch_size or len(numbers)
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
-            call = {name: _of_paths(value, part, count) for name, value in values.items()}
-            call |= shared | dict(zip(scales, scale, strict=True))
+            own_inputs = {name: _of_paths(value, part, count) for name, value in values.items()}
+            own_inputs |= shared | dict(zip(scales, scale, strict=True))
             if repeat is not None:
-                call[repeat] = len(part)
-            batches.append(Batch(part, call, seed))
+                own_inputs[repeat] = len(part)
+            batches.append(Batch([first + number for number in part], own_inputs, seed))
     return count, batches
 
 
-def is_for_all(pipe: Any, name: str, value: Any) -> bool:
+def per_path(pipe: Any, inputs: Mapping[str, Any]) -> dict[str, list]:
+    """
+    The inputs that are lists of one entry for each path.
+
+    Raises:
+        ValueError: If they differ in length.
+    """
+    found = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, list) and name not in SCALES and not _is_for_all(pipe, name, value)
+    }
+    if len(set(map(len, found.values()))) > 1:
+        raise ValueError(
+            "Inputs that are lists must have one entry for each path, got "
+            + ", ".join(f"{len(value)} of `{name}`" for name, value in found.items())
+            + ". What all paths share is passed as a tuple or as it is."
+        )
+    return found
+
+
+def _is_for_all(pipe: Any, name: str, value: Any) -> bool:
     """Whether a list belongs to all paths: of several ControlNets each takes one picture, or a path a list of them."""
     if not isinstance(value, list):
         return False
@@ -368,16 +385,21 @@ def seeded(seed: int, device: torch.device | None):
         yield
 
 
+def call(pipe: Any, batch: Batch, steps: int, **options: Any) -> Any:
+    """What the pipeline draws of a batch in `steps` steps of its scheduler, as latents if it can."""
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        options = {"output_type": "latent", **options}
+    options = {"num_inference_steps": steps, "generator": batch.generators(), **options, **batch.inputs}
+    with seeded((1 << 32) + batch.seed + batch.numbers[0], getattr(pipe, "_execution_device", None)):
+        return pipe(**options)
+
+
 def watch(pipe: Any, probe: Probe, batch: Batch, steps: int) -> bool:
     """Call the pipeline with a probe as its scheduler; whether the call came to its own end."""
     pipe.scheduler = probe
     probe.asked = steps
-    call = {"num_inference_steps": steps, "generator": batch.generators(), **batch.inputs}
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
-        call.setdefault("output_type", "latent")
     try:
-        with seeded((1 << 32) + batch.seed + batch.numbers[0], getattr(pipe, "_execution_device", None)):
-            pipe(**call)
+        call(pipe, batch, steps)
     except BaseException as stopped:
         # what the end of the call would have done for offloaded models and caches
         getattr(pipe, "maybe_free_model_hooks", lambda: None)()

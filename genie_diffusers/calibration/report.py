@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, make_image_grid
+from PIL.Image import Image, Resampling
 
 from ..schedulers.scheduling_genie import GenieScheduler
 from .calibrator import Calibration
-from .recording import Batch, Probe, Seen, quiet, recording_points, watch
+from .recording import Batch, Probe, Seen, call, quiet, recording_points, watch
 
 logger = logging.get_logger(__name__)
 
 #: diffusers' solvers that a card compares with, as they come from the configuration
 PEERS = {
-    "DPM-Solver++(2M)": "DPMSolverMultistepScheduler",
     "UniPC": "UniPCMultistepScheduler",
+    "DPM-Solver++(2M)": "DPMSolverMultistepScheduler",
     "DEIS": "DEISMultistepScheduler",
     "Euler": "FlowMatchEulerDiscreteScheduler",
 }
@@ -66,12 +67,9 @@ def ends_of(calibration: Calibration, scheduler: SchedulerMixin, batches: Sequen
         pipe.scheduler = scheduler
         if scheduler is calibration.solver:  # pipelines of this package attach the head of their model
             scheduler.attach(None)
-        call = {"num_inference_steps": steps, "generator": batch.generators(), **batch.inputs}
-        if "output_type" in inspect.signature(type(pipe).__call__).parameters:
-            call.setdefault("output_type", "latent")
         try:
             with quiet(pipe):
-                pipe(**call)
+                call(pipe, batch, steps)
         finally:
             del scheduler.step
         ends.append(calibration.coordinates.of(last[0], batch.numbers))
@@ -131,6 +129,8 @@ def held_out_errors(
                 distances = (ends - reference).norm(dim=1) / reference.norm(dim=1)
                 errors.setdefault(name, {})[steps] = distances.numpy()
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            # what diffusers' schedulers raise where they cannot follow: `mu` or `sigmas` that they do not take, no
+            # `init_noise_sigma`, a conversion that is missing
             if name not in PEERS:
                 raise
             logger.warning(f"{PEERS[name]} is left out of the comparison: this pipeline cannot use it ({error}).")
@@ -173,32 +173,43 @@ def plot(errors: Mapping[str, Mapping[int, np.ndarray]], path: Path) -> bool:
 
 
 @torch.no_grad()
-def pictures(calibration: Calibration, scheduler: GenieScheduler, batch: Batch, steps: int, path: Path) -> str | None:
+def pictures(
+    calibration: Calibration, scheduler: GenieScheduler, peers: Sequence[str], batch: Batch, path: Path
+) -> str | None:
     """
-    The converged run, the calibrated sampler and UniPC at equal calls, a row of pictures each, written to `path`.
+    The converged run, the calibrated sampler and others at equal calls, a row of pictures each, written to `path`.
+
+    Args:
+        calibration ([`Calibration`]): That has run.
+        scheduler ([`GenieScheduler`]): What it returned.
+        peers (sequence of `str`): Those of [`PEERS`] that the pipeline can use; the first one is shown.
+        batch ([`Batch`]): What to draw.
+        path (`Path`): The file to write.
 
     Returns:
-        `str`: Their caption; `None`, and a sentence, for pipelines that make no pictures.
+        `str`: Its caption; `None`, and a sentence, for pipelines that make no pictures.
     """
-    pipe, rows = calibration.pipe, []
-    samplers = {
+    pipe, steps = calibration.pipe, max(calibration.steps)
+    shown: dict[str, tuple[SchedulerMixin | None, int]] = {
         f"{calibration.teacher_steps} calls": (
             converging(calibration, calibration.teacher_steps),
             calibration.teacher_steps,
         ),
         f"calibrated, {steps} calls": (scheduler, steps),
-        f"UniPC, {steps} calls": (peer("UniPC", calibration.solver), steps),
+        **{f"{name}, {steps} calls": (peer(name, calibration.solver), steps) for name in peers[:1]},
     }
-    try:
-        for sampler, count in samplers.values():
-            with quiet(pipe):
-                pipe.scheduler = sampler
-                call = {"generator": batch.generators(), **batch.inputs, "output_type": "pil", "return_dict": False}
-                rows.append(pipe(num_inference_steps=count, **call)[0])
-        enlarged = max(1, 64 // rows[0][0].width)  # small ones can be looked at too
-        images = [image.resize([enlarged * side for side in image.size], 0) for row in rows for image in row]
-        make_image_grid(images, len(rows), len(rows[0])).save(path)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        logger.warning(f"There is no picture in the card: {type(pipe).__name__} made none ({error}).")
-        return None
-    return "From above: " + "; ".join(samplers) + ". The same noise in each column."
+    rows = []
+    for sampler, count in shown.values():
+        with quiet(pipe):
+            pipe.scheduler = sampler
+            found = call(pipe, batch, count, output_type="pil", return_dict=False)[0]
+        if not isinstance(found, list) or not isinstance(found[0], Image):
+            logger.warning(f"There are no pictures in the card: {type(pipe).__name__} draws none.")
+            return None
+        rows.append(found)
+    enlarged = max(1, 64 // rows[0][0].width)  # small ones can be looked at too
+    images = [
+        image.resize([enlarged * side for side in image.size], Resampling.NEAREST) for row in rows for image in row
+    ]
+    make_image_grid(images, len(rows), len(rows[0])).save(path)
+    return "From above: " + "; ".join(shown) + ". The same noise in each column."

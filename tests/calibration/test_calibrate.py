@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest_toy import ToyPipeline, ends, error
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import GenieScheduler, Table, calibrate
 from genie_diffusers.calibration import Calibration
 from genie_diffusers.core import Parametrisation, run
+from tests.calibration.toy import ToyPipeline, ends, error
 
 
 @pytest.mark.parametrize("kind", ["vp_pipeline", "flow_pipeline"])
