@@ -1,8 +1,6 @@
 """`calibrate` in the stock flow-matching pipelines of diffusers, each with the scheduler of its checkpoints."""
 
 import copy
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from genie_diffusers import GenieScheduler, calibrate
 from genie_diffusers.core.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_flow import FAMILIES, bria_with, cogview_4, own
+from tests.pipelines.tiny_flow import FAMILIES, bria_with, cogview_4, ltx_2, own
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
@@ -161,6 +156,8 @@ def test_pipelines_that_do_not_leave_the_timesteps_to_their_scheduler_say_so():
         (cogview_4(), "chooses where its model is called and passes `timesteps="),
         # passes it to nothing but FlowMatchEulerDiscreteScheduler
         (bria_with(use_dynamic_shifting=True), "`mu` must be given if `use_dynamic_shifting` is set"),
+        # the sound is sampled beside the video
+        (ltx_2(), "copies its scheduler within a call"),
     ):
         stock = pipe.scheduler
         with pytest.raises(ValueError, match=message):

@@ -9,16 +9,25 @@ import torch
 from diffusers import DiffusionPipeline
 
 from genie_diffusers import GenieScheduler
-from tests.pipelines.tiny import FAMILIES
+from tests.pipelines import tiny_diffusion, tiny_flow
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
 )
 
+FAMILIES = {**tiny_diffusion.FAMILIES, **tiny_flow.FAMILIES, "ltx_2": tiny_flow.ltx_2}
 #: families that call their model once for each branch of guidance
-TWO_CALLS = ("flux, negative prompts", "wan-image-to-video")
-#: those whose own solver ends where ours does: it is no random one, and starts from pure noise too
-DETERMINISTIC = (*TWO_CALLS, "ltx-2", "cogvideox", "cogvideox-2b", "pixart-sigma", "dit")
+TWO_CALLS = ("flux_with_negative_prompts", "qwen_image", "lumina_2", "wan", "wan_2_2", "wan_from_a_picture", "chroma")
+TWO_CALLS += ("kandinsky_5",)
+#: those whose own solver ends where ours does, since it is no random one and starts from pure noise too
+DETERMINISTIC = ("cogvideox", "cogvideox-2b", "pixart-sigma", "dit", *tiny_flow.FAMILIES, "ltx_2")
+
+
+def quick(names):
+    """All of one kind of pipeline, and of flows those whose schedulers differ."""
+    of_flows = ("sd3", "flux", "qwen_image", "wan", "ltx_2")
+    slow = [name for name in tiny_flow.FAMILIES if name not in of_flows]
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 @pytest.fixture
@@ -34,8 +43,7 @@ def draw(pipe, inputs: dict[str, Any], steps: int, scheduler=None, seeds=(0, 1))
     """Samples of these noises, as latents where the pipeline lets them out."""
     if scheduler is not None:
         pipe.scheduler = scheduler
-    # Z-Image writes into the list of prompts
-    options = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    options = tiny_flow.own(inputs)
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         options["output_type"] = "latent"
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -51,7 +59,7 @@ def distance(samples: torch.Tensor, reference: torch.Tensor) -> float:
     return float((samples - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("made", FAMILIES, indirect=True)
+@pytest.mark.parametrize("made", quick(FAMILIES), indirect=True)
 def test_as_many_model_calls_as_steps(made, request):
     pipe, inputs = made
     shape = draw(pipe, inputs, 3).shape
@@ -65,7 +73,7 @@ def test_as_many_model_calls_as_steps(made, request):
     assert pipe.scheduler.step_index == 3
 
 
-@pytest.mark.parametrize("made", DETERMINISTIC, indirect=True)
+@pytest.mark.parametrize("made", quick(DETERMINISTIC), indirect=True)
 def test_many_steps_end_where_those_of_its_own_scheduler_do(made):
     pipe, inputs = made
     own = pipe.scheduler
@@ -76,7 +84,7 @@ def test_many_steps_end_where_those_of_its_own_scheduler_do(made):
 
 
 def test_a_copy_of_the_scheduler_samples_the_sound_of_a_video():
-    pipe, inputs = FAMILIES["ltx-2"]()
+    pipe, inputs = tiny_flow.ltx_2()
     pipe.set_progress_bar_config(disable=True)
     own, sounds = pipe.scheduler, []
     for scheduler in (own, ours(own)):

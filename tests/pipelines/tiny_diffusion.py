@@ -428,6 +428,13 @@ def cogvideox():
     return pipe, {"prompt": PROMPTS, "guidance_scale": 6.0, "height": 16, "width": 16, **options}
 
 
+def cogvideox_2b():
+    """With the noise schedule of the small one."""
+    pipe, inputs = cogvideox()
+    pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, snr_shift_scale=3.0)
+    return pipe, inputs
+
+
 @functools.cache
 def video_vae():
     return random_weights(
@@ -671,6 +678,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "animatediff": animate_diff,
     "pixart-sigma": pixart_sigma,
     "cogvideox": cogvideox,
+    "cogvideox-2b": cogvideox_2b,
     "latte": latte,
     "hunyuan-dit": hunyuan_dit,
     "dit": dit,

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -196,6 +197,14 @@ def _flux(pipeline_class, **inputs):
 @family
 def flux():
     return _flux(diffusers.FluxPipeline, guidance_scale=3.5)
+
+
+@family
+def flux_with_negative_prompts():
+    """For which the model is called a second time."""
+    return _flux(
+        diffusers.FluxPipeline, guidance_scale=3.5, negative_prompt=["blurry", "blurry dog"], true_cfg_scale=3.0
+    )
 
 
 @family
@@ -696,3 +705,60 @@ def cogview_4():
     inputs = {"prompt_embeds": embeddings(2, 4, 16), "negative_prompt_embeds": embeddings(2, 4, 16, seed=1)}
     inputs |= {"guidance_scale": 5.0, "height": 64, "width": 64}
     return with_outputs_of_order_one(pipe, inputs, model.proj_out)
+
+
+def ltx_2():
+    """Videos with sound, which a copy of the scheduler samples beside them. They are not decoded."""
+    torch.manual_seed(0)
+    pipe = diffusers.LTX2Pipeline(
+        transformer=transformer(
+            "LTX2VideoTransformer3DModel",
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            audio_in_channels=128,
+            audio_out_channels=128,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=1,
+            caption_channels=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
+        ),
+        vae=transformer(
+            "AutoencoderKLLTX2Video",
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+        ),
+        audio_vae=transformer("AutoencoderKLLTX2Audio", ch_mult=(1, 1, 1), num_res_blocks=1),
+        text_encoder=text_encoder("Qwen3", 32),
+        tokenizer=tokenizer(),
+        connectors=LTX2TextConnectors(
+            caption_channels=32,
+            text_proj_in_factor=3,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=16,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=None,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=16,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=None,
+        ),
+        vocoder=None,
+    )
+    options = {"num_frames": 17, "max_sequence_length": 8, "height": 128, "width": 128}
+    options |= {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    return pipe, {"prompt": PROMPTS, "guidance_scale": 4.0, **options}
