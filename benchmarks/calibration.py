@@ -3,13 +3,13 @@ What calibration brings: a sampler learned inside a pipeline's calls, against di
 
     python benchmarks/calibration.py                # the packaged variance-preserving checkpoint
     python benchmarks/calibration.py --model flow   # the packaged flow transformer
-    python benchmarks/calibration.py --curves       # against the number of paths, recorded calls and guidance scales
+    python benchmarks/calibration.py --curves       # against paths, recorded calls, damping, guidance scales, sizes
     python benchmarks/calibration.py --cost         # time and memory, beside plain runs of the pipeline
 
 Errors are relative distances to the converged solution of the same noise, on noises that nothing was fitted to or
 chosen on, mean and standard error. Each peer is, for each number of calls, on the best of its grids, chosen on other
 noises: diffusers' own, those of solver_error.py, on flows all shifts, and the calibrated one. Writes
-`benchmarks/results/calibration_{model}.json` and `.md`, or `calibration_curves.json`, `.md` and `.png`.
+`benchmarks/results/calibration_{model}.json` and `.md`, or `calibration_curves_{model}.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from diffusers import (
 from matplotlib.figure import Figure
 
 from genie_diffusers import GenieDiTPipeline, GeniePipeline, GenieScheduler
-from genie_diffusers.calibration import Calibration
+from genie_diffusers.calibration import Calibration, fitting
 from genie_diffusers.calibration.recording import recording_points
 from solver_error import GRIDS, PEERS, peer
 
@@ -54,6 +54,9 @@ FLOW_PEERS = {
 SHIFTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 #: of the solver that errors are stated against
 REFERENCE_CALLS = 200
+#: curves, the model calls of their samplers, and the guidance scales that they know
+CURVES = ("paths", "recorded", "damping", "scales", "sizes")
+CURVE_CALLS, CURVE_SCALES = 8, (1.0, 3.0, 7.5)
 
 
 def flow_solver(scheduler_class, order: int, shift: float):
@@ -65,7 +68,7 @@ def flow_solver(scheduler_class, order: int, shift: float):
 class Bench:
     """A packaged model at one guidance scale: noises with their converged solutions."""
 
-    def __init__(self, model: str, scale: float, args: argparse.Namespace):
+    def __init__(self, model: str, scale: float, args: argparse.Namespace, size: int | None = None):
         pipeline_class, folder = MODELS[model]
         self.pipe = pipeline_class.from_pretrained(CHECKPOINTS / folder).to(torch.float32)
         self.denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
@@ -77,7 +80,7 @@ class Bench:
         points = recording_points(reference.process, 1.0, REFERENCE_CALLS).tolist()
         for name, count, seed in (("choice", args.choice_noises, 50_000), ("report", args.noises, 60_000)):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-            shape = (3, self.denoiser.config.sample_size, self.denoiser.config.sample_size)
+            shape = (3, *[size or self.denoiser.config.sample_size] * 2)
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
             self.sets[name] = noise, torch.arange(count) % 10, None
             reference.set_timesteps(timesteps=points)
@@ -232,51 +235,71 @@ def text_of(report: dict, args: argparse.Namespace) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def curves(args: argparse.Namespace) -> dict:
-    """Errors of 8 calls at w = 1 and 3 against paths and recorded calls, and of one table at other scales."""
-    found: dict = {"calls": 8, "paths": {}, "teacher_steps": {}, "scales": {}}
-    for scale in (1.0, 3.0):
-        bench = Bench(args.model, scale, args)
-        for paths in (1, 2, 4, 8, 16, 32, 64):
-            errors = [bench.errors_of(bench.calibrated(8, paths, seed)[1], 8).mean() for seed in (0, 1000)]
-            found["paths"].setdefault(f"{scale:g}", {})[paths] = list(map(float, errors))
-            print(scale, "paths", paths, errors, flush=True)
-        for count in (15, 20, 30, 60, 120):
-            error = bench.errors_of(bench.calibrated(8, 8, teacher_steps=count)[1], 8).mean()
-            found["teacher_steps"].setdefault(f"{scale:g}", {})[count] = float(error)
-            print(scale, "recorded calls", count, error, flush=True)
-    benches = {scale: Bench(args.model, scale, args) for scale in (1.0, 2.0, 3.0, 5.0, 7.5)}
-    learned = {f"{scale:g}": benches[scale].calibrated(8, 8)[1] for scale in (1.0, 3.0, 5.0, 7.5)}
-    learned["1, 3, 5, 7.5"] = benches[1.0].calibrated(8, 8, guidance_scale=(1.0, 3.0, 5.0, 7.5))[1]
-    for name, scheduler in learned.items():
-        row = {f"{scale:g}": float(bench.errors_of(scheduler, 8).mean()) for scale, bench in benches.items()}
-        found["scales"][name] = row
-        print("fitted at", name, row, flush=True)
-    return found
+def curves(args: argparse.Namespace, path: Path):
+    """Errors of `CURVE_CALLS` calls, by what is varied, setting and value; written as they come."""
+    found: dict = json.loads(path.read_text()) if path.exists() else {}
+
+    def measured(what: str, row: str, value: str, error: float):
+        found.setdefault(what, {}).setdefault(row, {})[value] = float(error)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+        print(what, row, value, round(float(error), 4), flush=True)
+
+    benches = {scale: Bench(args.model, scale, args) for scale in CURVE_SCALES}
+
+    def error(scale: float, paths: int = 8, seed: int = 0, **options) -> float:
+        bench = benches[scale]
+        return bench.errors_of(bench.calibrated(CURVE_CALLS, paths, seed, **options)[1], CURVE_CALLS).mean()
+
+    if "paths" in args.curves:
+        for scale in (1.0, 3.0):
+            for paths in (1, 2, 4, 8, 16, 32, 64):
+                mean = np.mean([error(scale, paths, seed) for seed in (0, 1000)])
+                measured("paths", f"w = {scale:g}", str(paths), mean)
+    if "recorded" in args.curves:
+        for scale in (1.0, 3.0):
+            for count in (15, 20, 30, 60, 120):
+                measured("recorded calls", f"w = {scale:g}", str(count), error(scale, teacher_steps=count))
+    if "damping" in args.curves:
+        for scale in CURVE_SCALES:
+            measured("damping", f"w = {scale:g}", "no step", error(scale, refinements=0))
+            for fitting.DAMPING in (0.01, 0.1, 1.0):
+                measured("damping", f"w = {scale:g}", str(fitting.DAMPING), error(scale))
+        fitting.DAMPING = 0.1
+    if "scales" in args.curves:
+        learned = {f"{scale:g}": bench.calibrated(CURVE_CALLS, 8)[1] for scale, bench in benches.items()}
+        every = tuple(CURVE_SCALES)
+        learned["all of them"] = benches[every[0]].calibrated(CURVE_CALLS, 8, guidance_scale=every)[1]
+        for name, scheduler in learned.items():
+            for scale, bench in benches.items():
+                measured(
+                    "guidance scale", f"fitted at {name}", f"{scale:g}", bench.errors_of(scheduler, CURVE_CALLS).mean()
+                )
+    if "sizes" in args.curves:
+        at_16 = benches[3.0].calibrated(CURVE_CALLS, 8)[1]
+        for size in (16, 24, 32):
+            bench = Bench(args.model, 3.0, args, size)
+            measured("side in pixels", "learned at 16", str(size), bench.errors_of(at_16, CURVE_CALLS).mean())
+            plain = GenieScheduler.from_config(bench.config)
+            measured("side in pixels", "nothing attached", str(size), bench.errors_of(plain, CURVE_CALLS).mean())
+    write_curves(found, path, args)
 
 
-def write_curves(found: dict, folder: Path):
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    paths, teacher, scales = figure.subplots(1, 3)
-    for scale, row in found["paths"].items():
-        paths.loglog(list(map(int, row)), np.mean(list(row.values()), axis=1), marker="o", label=f"w = {scale}")
-    for scale, row in found["teacher_steps"].items():
-        teacher.loglog(list(map(int, row)), list(row.values()), marker="o", label=f"w = {scale}")
-    for name, row in found["scales"].items():
-        scales.plot(list(map(float, row)), list(row.values()), marker="o", label=f"fitted at {name}")
-    for axes, label in ((paths, "paths fitted"), (teacher, "recorded calls"), (scales, "guidance scale")):
-        axes.set(xlabel=label, ylabel=f"relative error, {found['calls']} calls")
+def write_curves(found: dict, path: Path, args: argparse.Namespace):
+    figure = Figure(figsize=(3.4 * len(found), 3.2), layout="constrained")
+    command = f"python benchmarks/calibration.py --model {args.model} --curves"
+    lines = [f"Written by `{command}`: mean relative error of {CURVE_CALLS} calls, {args.noises} noises.", ""]
+    for axes, (what, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for name, row in rows.items():
+            axes.plot(list(row), list(row.values()), marker="o", label=name)
+        axes.set(xlabel=what, ylabel="relative error", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
-    figure.savefig(folder / "calibration_curves.png", dpi=120)
-    lines = ["Written by `python benchmarks/calibration.py --curves`: mean relative error of 8 calls.", ""]
-    for title, key in (("paths fitted", "paths"), ("recorded calls", "teacher_steps"), ("fitted at w", "scales")):
-        for name, row in found[key].items():
-            values = {n: np.mean(value) for n, value in row.items()}
-            what = f"{title}, w = {name}" if key != "scales" else f"{title} = {name}, used at w"
-            lines += [f"| {what} | " + " | ".join(map(str, values)) + " |", "|---" * (len(values) + 1) + "|"]
-            lines += ["| error | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |", ""]
-    (folder / "calibration_curves.md").write_text("\n".join(lines))
+        columns = list(next(iter(rows.values())))
+        lines += [f"| {what} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(f"{row[c]:.4f}" for c in columns) + " |" for name, row in rows.items()]
+        lines.append("")
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    path.with_suffix(".md").write_text("\n".join(lines))
 
 
 def cost(args: argparse.Namespace) -> dict:
@@ -312,7 +335,9 @@ def cost_of(what: str, model: str):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="vp")
-    parser.add_argument("--curves", action="store_true")
+    parser.add_argument(
+        "--curves", nargs="*", choices=CURVES, metavar="NAME", help=f"Of {', '.join(CURVES)}; default: all."
+    )
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--cost_of", help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")], default=[4, 5, 6, 8, 10])
@@ -331,10 +356,9 @@ def main(argv: list[str] | None = None):
     if args.cost:
         (args.output_dir / "calibration_cost.json").write_text(json.dumps(cost(args), indent=2) + "\n")
         return
-    if args.curves:
-        found = curves(args)
-        (args.output_dir / "calibration_curves.json").write_text(json.dumps(found, indent=2) + "\n")
-        write_curves(found, args.output_dir)
+    if args.curves is not None:
+        args.curves = args.curves or CURVES
+        curves(args, args.output_dir / f"calibration_curves_{args.model}.json")
     else:
         measure(args, args.output_dir / f"calibration_{args.model}.json")
 

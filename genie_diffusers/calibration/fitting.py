@@ -15,8 +15,9 @@ from ..core.table import Levels, Row, Table
 HISTORY = 4
 #: of the products of columns that are scaled to one: keeps collinear columns from large opposite weights
 RIDGE = 1e-7
-#: μ of [`joint_step`]: what a number moves the final sample by counts from a third of the next sample on. Of 0.01,
-#: 0.1 and 1 the best on paths that were not fitted, of mixtures with known solutions and of a trained model
+#: μ of [`joint_step`]: what a number moves the final sample by counts from a third of the next sample on. Without it
+#: the step is too long to be taken on mixtures with known solutions; `benchmarks/calibration.py --curves damping`
+#: compares values on the packaged models
 DAMPING = 0.1
 
 
@@ -73,6 +74,10 @@ def missed_by(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def optimal_grids(products: np.ndarray, levels: Levels, counts: Sequence[int], power: float = 0.25) -> dict[int, list]:
     """
     For each number of calls the points of a recorded run whose rows miss it least.
+
+    Dynamic programming over the points of a fine run is that of GITS (Chen et al., 2024,
+    https://huggingface.co/papers/2405.11326); here a step costs what the best row of weights misses, not what Euler's
+    does.
 
     A row from the points p and c to n is taken to be the best [x_c, c_c, c_p] → x_n, from the state of the recording.
     The sum of squares that it misses, of states scaled to α² + σ² = 1 and times α_n^{−2·power}, is what a step costs,

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import GenieScheduler, Table, calibrate
-from genie_diffusers.calibration import Calibration
+from genie_diffusers.calibration import Calibration, fitting
 from genie_diffusers.core import Parametrisation, run
 from tests.calibration.toy import ToyPipeline, ends, error
 
@@ -34,6 +34,16 @@ def test_refinement_helps_paths_that_were_not_fitted(kind, steps, request):
     greedy, refined = (calibrate(pipe, steps, num_paths=8, refinements=count) for count in (0, 2))
     reference = ends(pipe, GenieScheduler.from_config(config, time_grid="uniform_lambda"), 300)
     assert error(ends(pipe, refined, steps), reference) < 0.95 * error(ends(pipe, greedy, steps), reference)
+
+
+def test_a_step_that_is_not_damped_is_too_long_to_be_taken(flow_pipeline, monkeypatch):
+    monkeypatch.setattr(fitting, "DAMPING", 1e-8)
+    errors = []
+    for count in (0, 1):
+        calibration = Calibration(flow_pipeline, 5, num_paths=8, refinements=count)
+        calibration.run()
+        errors.append(calibration.fits[5].error)
+    assert errors[1] > 0.9 * errors[0]
 
 
 def test_the_scheduler_ends_where_the_calibration_says(flow_pipeline):
