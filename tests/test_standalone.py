@@ -187,6 +187,7 @@ def make_pixels():
 
 
 @needs_auto_map
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_samples_as_the_scheduler_that_was_saved(there, case):
     scheduler, points = CASES[case]
@@ -194,24 +195,28 @@ def test_it_samples_as_the_scheduler_that_was_saved(there, case):
 
 
 @needs_auto_map
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copied", "pickled", "there and back", "saved again"])
 def test_its_copies_sample_as_it_does(there, way):
     assert torch.equal(there[way], there["table"])
 
 
 @needs_auto_map
+@pytest.mark.slow
 def test_schedulers_of_diffusers_take_its_configuration(there):
     theirs = DPMSolverMultistepScheduler.from_config(VARIANCE_PRESERVING.config)
     assert torch.equal(there["there"], sample(theirs, num_inference_steps=4))
 
 
 @needs_auto_map
+@pytest.mark.slow
 def test_methods_of_another_standalone_class_stay_behind(there):
     ours = GenieScheduler.from_config(CASES["stochastic"][0].config)
     assert torch.equal(there["of another class"], sample(ours, num_inference_steps=4))
 
 
 @needs_auto_map
+@pytest.mark.slow
 def test_a_source_can_be_attached_to_it(there):
     scheduler = GenieScheduler.from_config(VARIANCE_PRESERVING.config)
     scheduler.attach(lambda sample, noise_prediction, timestep, *, step, history_slope: 0.1 * sample)
@@ -219,6 +224,7 @@ def test_a_source_can_be_attached_to_it(there):
 
 
 @needs_auto_map
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["pipeline", "standalone pipeline", "the same saved again"])
 def test_a_stock_pipeline_draws_with_it_and_is_saved_with_it(there, make_pixels, pipeline):
     drawn = draw(make_pixels(PIXELS))
@@ -227,11 +233,13 @@ def test_a_stock_pipeline_draws_with_it_and_is_saved_with_it(there, make_pixels,
 
 
 @needs_auto_map
+@pytest.mark.slow
 def test_nothing_of_this_package_and_nothing_that_diffusers_has_not_is_imported(there):
     assert there["modules"] == [] and there["warnings"] == []
 
 
 @needs_auto_map
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["table", "saved again"])
 def test_where_this_package_is_its_own_class_reads_the_folder(there, root, folder):
     folder = {"saved again": "again"}.get(folder, folder)

@@ -27,7 +27,7 @@ def test_few_calls_end_nearer_to_the_solution(kind, request):
         assert ours < 0.5 * plain, (steps, ours, plain)
 
 
-@pytest.mark.parametrize("kind, steps", [("vp_pipeline", 8), ("flow_pipeline", 5)])
+@pytest.mark.parametrize("kind, steps", [pytest.param("vp_pipeline", 8, marks=pytest.mark.slow), ("flow_pipeline", 5)])
 def test_refinement_helps_paths_that_were_not_fitted(kind, steps, request):
     pipe = request.getfixturevalue(kind)
     config = pipe.scheduler.config
@@ -87,7 +87,9 @@ def test_a_part_of_the_numbers_is_nearly_as_good(vp_pipeline):
     config = vp_pipeline.scheduler.config
     reference = ends(vp_pipeline, GenieScheduler.from_config(config, time_grid="uniform_lambda"), 300)
     whole, part = (
-        error(ends(vp_pipeline, calibrate(vp_pipeline, 5, num_paths=8, max_numbers=limit), 5), reference)
+        error(
+            ends(vp_pipeline, calibrate(vp_pipeline, 5, num_paths=8, max_numbers=limit, refinements=0), 5), reference
+        )
         for limit in (48, 24)
     )
     assert part < 1.5 * whole
@@ -131,7 +133,7 @@ def test_several_guidance_scales_are_fitted_at_once(vp_pipeline):
 
 
 def test_a_run_that_was_killed_goes_on(vp_pipeline, tmp_path, monkeypatch):
-    expected = calibrate(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2)
+    expected = calibrate(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, refinements=0, teacher_steps=30)
 
     class Killed(Exception):
         pass
@@ -143,15 +145,19 @@ def test_a_run_that_was_killed_goes_on(vp_pipeline, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(Calibration, "learn", die)
-        calibrate(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, output_dir=tmp_path)
+        calibrate(
+            vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, refinements=0, teacher_steps=30, output_dir=tmp_path
+        )
     vp_pipeline.model_calls = 0
-    calibration = Calibration(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, output_dir=tmp_path)
+    calibration = Calibration(
+        vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, refinements=0, teacher_steps=30, output_dir=tmp_path
+    )
     resumed = calibration.run()
     same_tables(resumed.config.tables, expected.config.tables, rtol=1e-6)
     assert calibration.calls == vp_pipeline.model_calls
-    whole = Calibration(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2)
+    whole = Calibration(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, refinements=0, teacher_steps=30)
     whole.run()
-    assert calibration.calls < whole.calls - 2 * 60  # neither the recording nor the table of 3 calls again
+    assert calibration.calls < whole.calls - 2 * 30  # neither the recording nor the table of 3 calls again
 
 
 def test_a_folder_of_another_calibration_is_refused(vp_pipeline, tmp_path):

@@ -118,7 +118,7 @@ def errors(pipe, inputs, steps: int, learned: GenieScheduler, **options) -> tupl
 # --- families --------------------------------------------------------------------------------------------------------
 
 #: a minute together
-LONG = ("sd-inpainting-4", "sd-inpainting-9", "sd-controlnet", "sd-instruct-pix2pix", "sdxl", "kolors")
+LONG = ("cogvideox-2b", "sd-inpainting-4", "sd-inpainting-9", "sd-controlnet", "sd-instruct-pix2pix", "sdxl", "kolors")
 LONG += (
     "sd-two-controlnets",
     "sd-ip-adapter",
