@@ -205,7 +205,9 @@ class Plan:
         weights = [weight for row in rows for _, weight in row]
         if not any(torch.is_tensor(weight) or np.ndim(weight) for weight in weights):
             moved = iter(
-                torch.tensor(weights, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype).unbind()
+                torch.tensor(weights, dtype=torch.float64, device="cpu")
+                .to(device=device, dtype=dtype, non_blocking=True)  # a blocking copy waits for the device
+                .unbind()
             )
         else:  # learned ones keep their graph
             moved = (

@@ -241,6 +241,14 @@ def test_the_run_of_half_precision(flow_pipeline):
     assert np.isfinite(ends(flow_pipeline, learned, 4)).all()
 
 
+def test_what_half_precision_rounds_is_not_taken_for_a_run_that_does_not_converge(flow_pipeline, caplog):
+    flow_pipeline.dtype_of_model = torch.bfloat16
+    learned = calibrate(flow_pipeline, 12, num_paths=4, teacher_steps=120, refinements=0)
+    (message,) = [record.message for record in caplog.records if "teacher_steps=120" in record.message]
+    assert "torch.bfloat16" in message
+    assert "12" in learned.config["tables"]
+
+
 # --- σ that mean "n calls" -------------------------------------------------------------------------------------------
 
 
