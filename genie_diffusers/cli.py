@@ -73,7 +73,7 @@ MODEL_HELP = "Folder or Hub id of a pipeline of a UNet2DModel and a scheduler. [
 CLASSES_HELP = "Classes, separated by commas: one for each picture, or one for all. [default: 0,1,2,…]"
 NAMES_HELP = f"NAME is {', '.join(OWN)}, or one of diffusers' own: {', '.join(PEERS)}."
 GRID_HELP = (
-    "Time grid of those that have none in their name: karras, beta57, ays and all others of `time_grid`; for diffusers' "
+    "Time grid of those without one in their name: karras, beta57, ays and all others of `time_grid`; for diffusers' "
     "own, those that they have of karras, exponential, beta, linspace, leading, trailing."
 )
 SAMPLER_HELP = (
