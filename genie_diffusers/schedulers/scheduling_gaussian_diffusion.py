@@ -302,7 +302,7 @@ class GaussianDiffusionScheduler(TableScheduler):
         if kind in AYS_GRIDS:
             levels = AysSchedules[AYS_GRIDS[kind]][:-1]
             largest = float(process.gamma(process.timestep_max))
-            if self._flows or not math.isclose(levels[0], largest, rel_tol=1e-2):
+            if not math.isclose(levels[0], largest, rel_tol=1e-2):
                 raise ValueError(
                     f"`time_grid={name!r}` is a list of noise levels σ/α of Stable Diffusion, from {levels[0]:g} on, "
                     f"and this model has others, from {largest:g} on: choose another grid."
