@@ -507,7 +507,7 @@ class Calibration:
                 grids[count][name] = points
         place = position(self.process, self.shift(recording.mu))
         for name in STANDARD_GRIDS:
-            scheduler = GenieScheduler.from_config(self.solver.config, time_grid=name)
+            scheduler = GenieScheduler.from_config(self.solver.config, time_grid=name, denoising_step=False)
             for count in self.steps:
                 scheduler.set_timesteps(count, mu=recording.mu)
                 nearest = nearest_points(scheduler.levels.timesteps, self.levels, place)
