@@ -26,6 +26,7 @@ from ..core.time_grids import (
     time_grid,
 )
 from ..processes import LinearDiffusion, RectifiedFlow, VariancePreserving
+from ..processes.rectified_flow import NOISIEST_ALPHA
 from .scheduling_utils import TableScheduler
 
 #: configuration keys of diffusers' schedulers whose models follow no noise schedule of variances β
@@ -37,6 +38,12 @@ SIGMA_FLAGS = {
     "use_exponential_sigmas": "exponential",
     "use_lu_lambdas": "exponential",
     "use_beta_sigmas": "beta",
+}
+
+#: keys of diffusers' schedulers of flows that no scheduler here follows, and why
+REFUSED_OF_FLOWS = {
+    "invert_sigmas": "models that are called with 1 − σ are not sampled.",
+    "stochastic_sampling": "fresh noise is what a stochastic solver adds, not a key of every solver.",
 }
 
 #: the grids of Align Your Steps (Sabour et al., 2024, https://huggingface.co/papers/2404.14507), and what diffusers
@@ -142,22 +149,28 @@ class GaussianDiffusionScheduler(TableScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        flow_matching = "shift" in config_dict and "beta_schedule" not in config_dict
+        flow_matching, own_keys = (
+            "shift" in config_dict and "beta_schedule" not in config_dict,
+            cls._get_init_keys(cls),
+        )
         if (flow_matching or "use_flow_sigmas" in config_dict) and {"shift", "flow_shift"} & set(kwargs):
             # One number under the names of both libraries, so that the way back finds it too.
             kwargs["flow_shift"] = kwargs.pop("shift", kwargs.get("flow_shift"))
             if "shift" in config_dict:
                 config_dict = {**config_dict, "shift": kwargs["flow_shift"]}
+        # keys that this class only keeps or reads, such as `use_dynamic_shifting`
+        overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in config_dict and key not in own_keys}
+        config_dict = {**config_dict, **overrides}
         if flow_matching:
-            unknown = [key for key in ("invert_sigmas", "stochastic_sampling") if config_dict.get(key)]
-            if unknown:
-                raise ValueError(f"`{unknown[0]}={config_dict[unknown[0]]}` of `config` is not supported.")
+            for key, reason in REFUSED_OF_FLOWS.items():
+                if config_dict.get(key):
+                    raise ValueError(f"`{key}` must be left out, got {config_dict[key]}: {reason}")
             flow = {"use_flow_sigmas": True, "flow_shift": config_dict["shift"]}
             own = {"prediction_type": "flow_prediction", **flow}
             config_dict = {"beta_schedule": "linear", **own, **config_dict}
         _check_diffusion(config_dict)
         # diffusers drops what was a default in the other class; what describes the model is not the solver's to choose
-        defaults = set(config_dict.get("_use_default_values", ())) - set(VariancePreserving.CONFIG_KEYS)
+        defaults = set(config_dict.get("_use_default_values", ())) - {*VariancePreserving.CONFIG_KEYS, *overrides}
         config_dict = {**config_dict, "_use_default_values": sorted(defaults)}
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -177,6 +190,12 @@ class GaussianDiffusionScheduler(TableScheduler):
 
     def _process_class(self) -> type[LinearDiffusion]:
         return RectifiedFlow if self._flows else self.process_class
+
+    def _noise_levels(self) -> np.ndarray:
+        if not self._flows:
+            return super()._noise_levels()
+        # All that the path leaves of the data at pure noise is what keeps λ finite.
+        return np.where(self.levels.alphas > NOISIEST_ALPHA, self.levels.sigmas, 1.0)
 
     def _conversion(self) -> Parametrisation:
         return Parametrisation(self.config["prediction_type"])
@@ -352,6 +371,21 @@ class GaussianDiffusionScheduler(TableScheduler):
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """`add_noise`, as image-to-image pipelines of flow-matching models call it."""
         return self.add_noise(sample, noise, timestep)
+
+    def set_shift(self, shift: float):
+        """
+        The static shift of flow matching from the next `set_timesteps` on, as in diffusers' flow schedulers.
+
+        Args:
+            shift (`float`): s of σ → s σ/(1 + (s − 1) σ) (Esser et al., 2024, Eq. 23); positive.
+
+        Raises:
+            ValueError: If it is not positive, or the model does not match flows.
+        """
+        if not self._flows:
+            raise ValueError("`set_shift` is for flow-matching models; this one preserves variance.")
+        self.register_to_config(flow_shift=shift, **({"shift": shift} if "shift" in self.config else {}))
+        self._check_config()
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """

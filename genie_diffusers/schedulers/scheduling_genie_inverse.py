@@ -92,7 +92,7 @@ class GenieInverseScheduler(GenieScheduler):
         if others or not np.allclose(gammas, self.levels.gammas, rtol=1e-4):
             raise ValueError(
                 f"`tables` was learned for {len(learned)} model calls at the noise levels {gammas.tolist()} with "
-                f"{dict(options)}; this run has {len(self.levels)} calls at {self.sigmas.tolist()} with "
+                f"{dict(options)}; this run has {len(self.levels)} calls at {self.levels.gammas.tolist()} with "
                 f"{ {key: self.config.get(key) for key in others} }. Keep the configuration that it was learned for, "
                 "or set `tables=None`."
             )

@@ -60,7 +60,8 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         timesteps (`torch.Tensor` of shape `(num_inference_steps,)`):
             What the model is called with: `int64`, or `float32` where the process is continuous or they are real.
         sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
-            Noise levels γ = σ/α at the timesteps and at the end, float64, on the CPU.
+            Noise levels at the timesteps and at the end, float64, on the CPU: γ = σ/α, or the σ between 0 and 1 of
+            flow matching, as diffusers' schedulers of either kind have them.
         table ([`Table`]):
             The sampler: the float64 weights of every step.
         levels ([`Levels`]):
@@ -210,7 +211,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         self.init_noise_sigma = 1.0
         self.levels = self._levels_for(num_inference_steps, timesteps, sigmas)
         points = self.levels.timesteps
-        self.sigmas = torch.from_numpy(self.levels.gammas.copy())
+        self.sigmas = torch.from_numpy(self._noise_levels())
         self._host_timesteps = points.tolist()
         dtype = torch.int64 if self.process.is_discrete and not np.any(points % 1) else torch.float32
         self.timesteps = torch.tensor(self._host_timesteps, dtype=dtype, device=device)
@@ -252,6 +253,10 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         return Levels(
             np.asarray(learned.timesteps), np.asarray(learned.alphas), np.asarray(learned.sigmas), self.process
         )
+
+    def _noise_levels(self) -> np.ndarray:
+        """What diffusers calls `sigmas`, at the points of the run and at its end."""
+        return self.levels.gammas.copy()
 
     def _visited(self, num_inference_steps, timesteps, sigmas) -> Levels:
         """The points of a run that no table describes."""

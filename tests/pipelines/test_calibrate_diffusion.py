@@ -73,7 +73,7 @@ class Steps(list):
                 "sample": sample.clone(),
                 "following": found[0].clone(),
                 "table": self.scheduler.table,
-                "levels": self.scheduler.sigmas.tolist(),
+                "levels": self.scheduler.levels.gammas.tolist(),
             }
         )
         return found

@@ -20,6 +20,58 @@ FLOW = {"prediction_type": "flow_prediction"}
 STEPS = (80, 160, 320)
 
 
+# --- what pipelines read and set ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift_terminal": 0.1}], ids=str)
+def test_sigmas_are_those_of_diffusers(options):
+    theirs = FlowMatchEulerDiscreteScheduler(**options)
+    ours = GenieScheduler.from_config(theirs.config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.5, 0.2])
+    np.testing.assert_allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"shift": 7.0},
+        {"shift_terminal": 0.1},
+    ],
+    ids=str,
+)
+def test_from_config_honours_the_keys_of_flow_schedulers(options):
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    mu = {"mu": 1.2} if "use_dynamic_shifting" in options else {}
+    theirs, ours = (cls.from_config(config, **options) for cls in (FlowMatchEulerDiscreteScheduler, GenieScheduler))
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.5, 0.2], **mu)
+    np.testing.assert_allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["invert_sigmas", "stochastic_sampling"])
+def test_what_is_not_sampled_is_refused_in_a_configuration_and_as_an_override(key):
+    for config, options in (({key: True}, {}), ({}, {key: True})):
+        with pytest.raises(ValueError, match=key):
+            GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(**config).config, **options)
+
+
+def test_the_shift_can_be_set_later():
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = GenieScheduler.from_config(theirs.config)
+    for scheduler in (theirs, ours):
+        scheduler.set_shift(5.0)
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.5, 0.2])
+    np.testing.assert_allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
+    assert FlowMatchEulerDiscreteScheduler.from_config(ours.config).config.shift == 5.0
+    with pytest.raises(ValueError, match="positive"):
+        ours.set_shift(0.0)
+    with pytest.raises(ValueError, match="flow-matching"):
+        GenieScheduler().set_shift(5.0)
+
+
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +313,3 @@ def test_what_is_not_meant_is_refused():
             GenieScheduler(**FLOW).set_timesteps(sigmas=sigmas)
     with pytest.raises(ValueError, match="`shift_terminal` must be between 0 and 1, got"):
         GenieScheduler(**FLOW, shift_terminal=1.5).set_timesteps(4)
-    for key in ("invert_sigmas", "stochastic_sampling"):
-        with pytest.raises(ValueError, match=f"`{key}=True` of `config` is not supported"):
-            GenieScheduler.from_config(FlowMatchEulerDiscreteScheduler(**{key: True}).config)

@@ -58,7 +58,7 @@ def test_where_the_prediction_is_the_same_everywhere_the_round_trip_is_exact(noi
     )
     torch.testing.assert_close(back, data, rtol=1e-6, atol=1e-6)
     if "analytical_first_step" not in options:
-        gamma_start, gamma_end = encoder.sigmas[[0, -1]].tolist()
+        gamma_start, gamma_end = encoder.levels.gammas[[0, -1]].tolist()
         alpha_start, alpha_end = encoder.alphas[[0, -1]]
         expected = alpha_end * (data / alpha_start + (gamma_end - gamma_start) * constant)
         torch.testing.assert_close(encoded, expected, rtol=1e-6, atol=1e-6)

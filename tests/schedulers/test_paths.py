@@ -57,7 +57,7 @@ def test_one_network_as_a_model_of_noise_and_as_a_model_of_flows_draws_one_pictu
     flow = solver(num_train_timesteps=100_000, **FLOW, **options)  # so fine that rounding of times does not matter
     flow.set_timesteps(timesteps=flow.process.timestep(diffusion.lambdas[:-1]))
     assert isinstance(flow.process, RectifiedFlow) and isinstance(diffusion.process, VariancePreserving)
-    np.testing.assert_allclose(flow.sigmas, diffusion.sigmas, rtol=1e-9)
+    np.testing.assert_allclose(flow.levels.gammas, diffusion.levels.gammas, rtol=1e-9)
     torch.testing.assert_close(draw(flow, start, mixture), draw(diffusion, start, mixture), rtol=1e-6, atol=1e-6)
 
 
