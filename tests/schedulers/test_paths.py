@@ -6,18 +6,18 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import (
-    ERSDEScheduler,
+    ExponentialMultistepScheduler,
     GDDIMScheduler,
     GenieInverseScheduler,
     GenieScheduler,
     GGDMScheduler,
     QuasiTaylorScheduler,
     RectifiedFlow,
-    RESScheduler,
     VariancePreserving,
 )
 from genie_diffusers.core import Parametrisation
 from genie_diffusers.core.parametrisation import PREDICTION_TYPES
+from genie_diffusers.schedulers.scheduling_exponential_multistep import MULTISTEP_SOLVERS
 
 SOLVERS = {
     "hermite": (GenieScheduler, {}),
@@ -25,8 +25,7 @@ SOLVERS = {
     "gDDIM": (GDDIMScheduler, {"multistep_order": 3}),
     "gDDIM with corrector": (GDDIMScheduler, {"multistep_order": 2, "corrector": True}),
     "gDDIM, stochastic": (GDDIMScheduler, {"multistep_order": 1, "eta": 1.0}),
-    "RES-3M": (RESScheduler, {"multistep_order": 3}),
-    "ER-SDE": (ERSDEScheduler, {}),
+    **{name: (ExponentialMultistepScheduler, {"solver": name}) for name in MULTISTEP_SOLVERS},
 }
 FLOW = {"prediction_type": "flow_prediction"}
 
@@ -131,7 +130,7 @@ def test_tables_of_a_flow_are_learned_samplers_too(eta, mixture, start):
 
 def test_euler_of_diffusers_is_ddim_on_a_flow(noise):
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    ours = RESScheduler.from_config(theirs.config, multistep_order=1)
+    ours = ExponentialMultistepScheduler.from_config(theirs.config, solver="ddim")
     theirs.set_timesteps(8)
     ours.set_timesteps(timesteps=theirs.timesteps)
     ends = []
