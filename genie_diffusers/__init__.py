@@ -20,7 +20,7 @@ from .models import (
 from .pipelines import DSNOPipeline, GDDIMPipeline, GenieDiTPipeline, GeniePipeline
 from .processes import Blurring, CriticallyDampedLangevin, LinearDiffusion, RectifiedFlow, VariancePreserving
 from .schedulers import (
-    ERSDEScheduler,
+    ExponentialMultistepScheduler,
     GaussianDiffusionScheduler,
     GDDIMBlurringScheduler,
     GDDIMCLDScheduler,
@@ -30,7 +30,6 @@ from .schedulers import (
     GGDMScheduler,
     LinearDiffusionScheduler,
     QuasiTaylorScheduler,
-    RESScheduler,
     TableScheduler,
 )
 
@@ -48,8 +47,8 @@ __all__ = [
     "DSNOPipeline",
     "DSNOUNet2DModel",
     "DerivativeHead",
-    "ERSDEScheduler",
     "ExactSlope",
+    "ExponentialMultistepScheduler",
     "GDDIMBlurringScheduler",
     "GDDIMCLDScheduler",
     "GDDIMPipeline",
@@ -69,7 +68,6 @@ __all__ = [
     "LinearDiffusion",
     "LinearDiffusionScheduler",
     "QuasiTaylorScheduler",
-    "RESScheduler",
     "RectifiedFlow",
     "StepHead",
     "Table",

@@ -10,7 +10,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import hyp1f1
+
+#: Gauss–Legendre points and weights on [0, 1]
+_INSIDE, _SHARES = np.polynomial.legendre.leggauss(40)
+_INSIDE, _SHARES = (_INSIDE + 1) / 2, _SHARES / 2
 
 
 def interpolation_weights(
@@ -42,6 +45,11 @@ def polynomial_moments(step: float, count: int) -> np.ndarray:
 
 
 def exponential_moments(step: float, count: int, rate: float) -> np.ndarray:
-    """∫_0^step e^{rate·u} u^m du for m = 0 … count − 1, without cancellation at small steps."""
-    powers = np.arange(1, count + 1)
-    return step**powers / powers * hyp1f1(powers, powers + 1, rate * step)
+    """
+    ∫_0^step e^{rate·u} u^m du for m = 0 … count − 1, without cancellation at small steps.
+
+    By quadrature, which is exact to rounding for |rate·step| up to 80; the longest step there is, from pure noise to
+    the last timestep of a flow, has 16.
+    """
+    powers = np.arange(count)
+    return step ** (powers + 1) * (_INSIDE ** powers[:, None] @ (_SHARES * np.exp(rate * step * _INSIDE)))

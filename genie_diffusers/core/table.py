@@ -162,7 +162,7 @@ class Table:
             alphas[index + 1] = weights @ alphas + of_data
             covariance[index + 1] = covariance[:, index + 1] = covariance @ weights
             covariance[index + 1, index + 1] = weights @ covariance @ weights + row.get(("noise", 0), 0.0) ** 2
-        return alphas, np.sqrt(covariance.diagonal())
+        return alphas, np.sqrt(np.maximum(covariance.diagonal(), 0.0))  # zero is so to rounding
 
     # --- as JSON ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genie_diffusers import (
-    ERSDEScheduler,
+    ExponentialMultistepScheduler,
     GDDIMBlurringScheduler,
     GDDIMCLDScheduler,
     GDDIMScheduler,
@@ -15,7 +15,6 @@ from genie_diffusers import (
     GenieScheduler,
     GGDMScheduler,
     QuasiTaylorScheduler,
-    RESScheduler,
     Table,
 )
 from genie_diffusers.core import Parametrisation, Plan, run, step
@@ -29,8 +28,8 @@ SCHEDULERS = {
     "inverse from clean data": GenieInverseScheduler(time_grid="uniform_lambda"),
     "quasi-taylor": QuasiTaylorScheduler(),
     "gDDIM with corrector": GDDIMScheduler(multistep_order=3, corrector=True),
-    "RES": RESScheduler(multistep_order=3),
-    "ER-SDE": ERSDEScheduler(),
+    "UniPC": ExponentialMultistepScheduler(solver="unipc_3"),
+    "SA-Solver": ExponentialMultistepScheduler(solver="sa_solver_3"),
     "GGDM": GGDMScheduler.from_scheduler(GenieScheduler(), [8]),
 }
 

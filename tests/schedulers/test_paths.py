@@ -6,14 +6,13 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import (
-    ERSDEScheduler,
+    ExponentialMultistepScheduler,
     GDDIMScheduler,
     GenieInverseScheduler,
     GenieScheduler,
     GGDMScheduler,
     QuasiTaylorScheduler,
     RectifiedFlow,
-    RESScheduler,
     VariancePreserving,
 )
 from genie_diffusers.core import Parametrisation
@@ -25,8 +24,10 @@ SOLVERS = {
     "gDDIM": (GDDIMScheduler, {"multistep_order": 3}),
     "gDDIM with corrector": (GDDIMScheduler, {"multistep_order": 2, "corrector": True}),
     "gDDIM, stochastic": (GDDIMScheduler, {"multistep_order": 1, "eta": 1.0}),
-    "RES-3M": (RESScheduler, {"multistep_order": 3}),
-    "ER-SDE": (ERSDEScheduler, {}),
+    **{name: (ExponentialMultistepScheduler, {"solver": name}) for name in ("unipc_3", "deis_3", "lms_4", "er_sde_3")},
+    "RES-3M, stochastic": (ExponentialMultistepScheduler, {"solver": "res_3m", "eta": 0.7}),
+    # where it adds noise is a matter of timesteps
+    "SA-Solver": (ExponentialMultistepScheduler, {"solver": "sa_solver_3", "eta": 0.0}),
 }
 FLOW = {"prediction_type": "flow_prediction"}
 
@@ -131,7 +132,7 @@ def test_tables_of_a_flow_are_learned_samplers_too(eta, mixture, start):
 
 def test_euler_of_diffusers_is_ddim_on_a_flow(noise):
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    ours = RESScheduler.from_config(theirs.config, multistep_order=1)
+    ours = ExponentialMultistepScheduler.from_config(theirs.config, solver="ddim")
     theirs.set_timesteps(8)
     ours.set_timesteps(timesteps=theirs.timesteps)
     ends = []

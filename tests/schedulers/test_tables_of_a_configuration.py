@@ -8,13 +8,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from genie_diffusers import (
+    ExponentialMultistepScheduler,
     GDDIMCLDScheduler,
     GDDIMScheduler,
     GenieInverseScheduler,
     GenieScheduler,
     GGDMScheduler,
     QuasiTaylorScheduler,
-    RESScheduler,
 )
 
 ROWS = [{"sample": [0.95], "data": [0.2]}, {"sample": [0.5], "data": [0.6, -0.1]}, {"data": [1.05, -0.05]}]
@@ -65,7 +65,8 @@ def test_tables_of_matrices_are_read(options, noise):
 
 
 @pytest.mark.parametrize(
-    "scheduler_class", [GenieScheduler, GGDMScheduler, GDDIMScheduler, QuasiTaylorScheduler, RESScheduler]
+    "scheduler_class",
+    [GenieScheduler, GGDMScheduler, GDDIMScheduler, QuasiTaylorScheduler, ExponentialMultistepScheduler],
 )
 def test_every_scheduler_follows_its_tables(scheduler_class, noise, tmp_path):
     scheduler_class(tables=TABLES).save_pretrained(tmp_path)
@@ -108,7 +109,7 @@ def test_who_asks_for_another_solver_gets_its_rows():
     assert GGDMScheduler.from_config(learned.config).config.tables == TABLES
     assert GenieScheduler.from_config(GGDMScheduler(tables=TABLES).config).config.tables == TABLES
     assert GenieInverseScheduler.from_config(learned.config).config.tables is None
-    for solver in (GDDIMScheduler, RESScheduler, QuasiTaylorScheduler):
+    for solver in (GDDIMScheduler, ExponentialMultistepScheduler, QuasiTaylorScheduler):
         assert solver.from_config(learned.config).config.tables is None
         own = solver.from_config(learned.config, tables=TABLES)
         assert solver.from_config(own.config).config.tables == TABLES
@@ -177,7 +178,7 @@ def test_a_source_of_residuals_without_tables_leaves_the_solver_alone(noise):
 
 def test_tables_of_a_source_are_for_the_solver_that_has_sources(noise):
     """gDDIM in a pipeline whose UNet has a step head is gDDIM."""
-    for solver in (GDDIMScheduler, RESScheduler, QuasiTaylorScheduler):
+    for solver in (GDDIMScheduler, ExponentialMultistepScheduler, QuasiTaylorScheduler):
         scheduler, plain = solver(), solver()
         scheduler.attach(source_of("residual", TABLES))
         assert torch.equal(draw(scheduler, 3, noise(4, 2)), draw(plain, 3, noise(4, 2)))

@@ -1,9 +1,12 @@
 """ER-SDE solvers (Cui et al., 2023, https://huggingface.co/papers/2309.06169)."""
 
 import numpy as np
-from scipy.integrate import fixed_quad
 
 from ..table import Levels, Row
+
+#: Gauss–Legendre points and weights on [0, 1]
+_ER_POINTS, _ER_SHARES = np.polynomial.legendre.leggauss(32)
+_ER_POINTS, _ER_SHARES = (_ER_POINTS + 1) / 2, _ER_SHARES / 2
 
 
 def noise_scale(gamma):
@@ -11,23 +14,31 @@ def noise_scale(gamma):
     return gamma * (np.exp(gamma**0.3) + 10.0)
 
 
-def er_sde(levels: Levels, index: int, known: int, order: int = 2) -> Row:
+def er_sde(levels: Levels, index: int, known: int, order: int = 3) -> Row:
     """
-    A step of the extended reverse-time SDE in x̄ = x/α and γ = σ/α, of order 1 or 2 (Eq. 24).
+    A step of the extended reverse-time SDE in x̄ = x/α and γ = σ/α, of order 1 to 3 (Eq. 24 and Algorithms 1 to 3).
 
-    x̄' = r x̄ + (1 − r) D + (γ' − γ + φ(γ') ∫_{γ'}^γ dγ/φ) dD/dγ + √(γ'² − r² γ²) z with r = φ(γ')/φ(γ).
+    x̄' = r x̄ + (1 − r) D + (δ + φ' ∫ du/φ) D' + (δ²/2 + φ' ∫ (u − γ) du/φ) D'' + √(γ'² − r² γ²) z with δ = γ' − γ,
+    r = φ'/φ and integrals from γ' to γ. D' is the last difference quotient, D'' that of the last two, as published.
     """
     if levels.sigmas[index + 1] == 0:
         return {("data", 0): 1.0}
     (alpha, alpha_next), (gamma, gamma_next) = levels.alphas[index : index + 2], levels.gammas[index : index + 2]
     ratio = noise_scale(gamma_next) / noise_scale(gamma)
-    noise = np.sqrt(max(gamma_next**2 - (gamma * ratio) ** 2, 0.0))
-    row = {("sample", 0): alpha_next / alpha * ratio, ("data", 0): alpha_next * (1 - ratio)}
-    row["noise", 0] = alpha_next * noise
-    if min(order, known) > 1:  # dD/dγ by the last two data predictions
-        # in log γ, where φ varies by a power
-        integral, _ = fixed_quad(lambda u: np.exp(u) / noise_scale(np.exp(u)), *np.log([gamma_next, gamma]), n=32)
-        slope = alpha_next * (gamma_next - gamma + noise_scale(gamma_next) * integral)
-        slope /= gamma - levels.gammas[index - 1]
-        row["data", 0], row["data", 1] = row["data", 0] + slope, -slope
-    return {term: float(weight) for term, weight in row.items()}
+    of_data = np.zeros(3)
+    of_data[0] = 1 - ratio
+    # in log γ, where φ varies by a power
+    span = np.log(gamma / gamma_next)
+    between = gamma_next * np.exp(_ER_POINTS * span)
+    shares = noise_scale(gamma_next) * _ER_SHARES * span * between / noise_scale(between)
+    quotient = np.zeros(3)
+    if min(order, known) > 1:
+        quotient[:2] = np.array([1.0, -1.0]) / (gamma - levels.gammas[index - 1])
+        of_data += (gamma_next - gamma + shares.sum()) * quotient
+    if min(order, known) > 2:
+        before = np.array([0.0, 1.0, -1.0]) / (levels.gammas[index - 1] - levels.gammas[index - 2])
+        second = (quotient - before) / ((gamma - levels.gammas[index - 2]) / 2)
+        of_data += ((gamma_next - gamma) ** 2 / 2 + shares @ (between - gamma)) * second
+    row: Row = {("sample", 0): float(alpha_next / alpha * ratio)}
+    row["noise", 0] = float(alpha_next * np.sqrt(max(gamma_next**2 - (gamma * ratio) ** 2, 0.0)))
+    return row | {("data", lag): float(alpha_next * weight) for lag, weight in enumerate(of_data) if weight}

@@ -136,9 +136,9 @@ def hermite_correction(levels: Levels, index: int, known: int, predictor: Row, s
 
 
 def less_the_predictor(correction: Row, predictor: Row) -> Row:
-    """The weights of the corrected step less those that the predictor has already added, one step ago."""
+    """The weights of the corrected step less those that the predictor has already added, one step ago, noise apart."""
     for (what, lag), weight in predictor.items():
-        if what != "sample":
+        if what not in ("sample", "noise"):
             correction[what, lag + 1] = correction.get((what, lag + 1), 0.0) - weight
     return correction
 
