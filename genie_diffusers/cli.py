@@ -18,6 +18,7 @@ from PIL import Image
 
 from . import (
     DerivativeHead,
+    ExponentialMultistepScheduler,
     GeniePipeline,
     GenieScheduler,
     GenieUNet2DModel,
@@ -26,6 +27,7 @@ from . import (
     VariancePreserving,
 )
 from .core.time_grids import TIMESTEP_SPACINGS
+from .schedulers.scheduling_exponential_multistep import MULTISTEP_SOLVERS
 from .schedulers.scheduling_gaussian_diffusion import SIGMA_FLAGS
 
 INSTALL = "pip install 'genie-diffusers[cli]'"
@@ -43,6 +45,8 @@ OWN = {
     "genie": ("GENIE", GenieScheduler),
     "genie-history": ("GENIE", GenieScheduler),
     "quasi-taylor": ("Quasi-Taylor", QuasiTaylorScheduler),
+    # DDIM is diffusers' own
+    **{name: (name, ExponentialMultistepScheduler) for name in MULTISTEP_SOLVERS if name != "ddim"},
 }
 #: and those of diffusers
 PEERS = {
@@ -63,7 +67,10 @@ PEERS = {
 }
 SCHEDULERS = {**OWN, **PEERS}
 #: These add fresh noise in every step: they do not approximate the solution that the others converge to.
-STOCHASTIC = ("ddpm", "dpm++sde", "dpm2-ancestral", "euler-ancestral")
+STOCHASTIC = (
+    *("ddpm", "dpm++sde", "dpm2-ancestral", "euler-ancestral"),
+    *("dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde_1", "er_sde_2", "er_sde_3", "sa_solver_2", "sa_solver_3"),
+)
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -293,6 +300,8 @@ def draw(
     known = {*signature(scheduler_class).parameters, "_class_name", "_use_default_values"}
     config = {key: value for key, value in config.items() if key in known and value is not None}
     options |= {**grid_options(scheduler_class, sampler.grid), **sampler.options}
+    if scheduler_class is ExponentialMultistepScheduler:
+        options["solver"] = sampler.name
     pipe.scheduler = scheduler_class.from_config(config, **options)
     if scheduler_class is GenieScheduler:
         head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None

@@ -165,13 +165,15 @@ def test_compare_draws_every_row_from_the_same_noise_on_its_own_grid(models, run
 def test_sampler_grid_and_options_are_choices_of_their_own(models, run):
     output = run(
         "compare", models / "ddpm", "--schedulers",
-        "genie:beta57?method=taylor@3,quasi-taylor:beta(0.5,0.7)@3,unipc:exponential?solver_order=3&predict_x0=false",
+        "genie:beta57?method=taylor@3,quasi-taylor:beta(0.5,0.7)@3,unipc:exponential?solver_order=3&predict_x0=false,"
+        "res_2m:beta57",
         "--steps", "4", "--reference-steps", 2, "--batch-size", 1,
     )  # fmt: skip
     assert [(name, calls) for name, calls, _ in rows(output)] == [
         ("GENIE (history, beta57, method=taylor)", 3),
         ("Quasi-Taylor (beta(0.5,0.7))", 3),
         ("UniPC (exponential, solver_order=3, predict_x0=False)", 4),
+        ("res_2m (beta57)", 4),
     ]
     both = [run("sample", models / "ddpm", "--scheduler", name, "--steps", 4, "--output", f"{i}.png")
             for i, name in enumerate(("dpm++:karras", "dpm++?use_karras_sigmas=true", "dpm++"))]  # fmt: skip
