@@ -44,7 +44,7 @@ def points(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("max_guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("max_guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_target_is_the_exact_slope_of_the_branch_along_the_guided_path(base, prediction_type, max_guidance_scale):
     plain = UNet2DModel.from_pretrained(base, subfolder="unet").eval()
     unet = GenieUNet2DModel.from_unet(plain, DerivativeHead.for_unet(plain))

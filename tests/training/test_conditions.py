@@ -21,9 +21,12 @@ from training import train_step_head
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAPTIONS = ["a cat", "a dog on a mat", "cats", "the sea", "a b c"]
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,12 @@ TASKS = {
 }
 every_task = pytest.mark.parametrize("task", TASKS)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:torch"
+    ),
+]
 
 
 def arguments(base, data, output_dir, **named) -> list[str]:

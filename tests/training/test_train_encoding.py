@@ -15,6 +15,8 @@ from genie_diffusers import GenieInverseScheduler, GeniePipeline
 from genie_diffusers.learning.paths import relative_error
 from training import train_encoding
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

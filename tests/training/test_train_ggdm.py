@@ -18,6 +18,8 @@ from genie_diffusers.learning.samplers import check
 from genie_diffusers.metrics import ReferenceFeatures
 from training import train_ggdm
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # --- the run ---------------------------------------------------------------------------------------------------------
