@@ -37,7 +37,9 @@ SPACINGS = [{"timestep_spacing": name} for name in ("linspace", "leading", "trai
 SIGMAS = [{"timestep_spacing": "linspace", f"use_{name}_sigmas": True} for name in ("karras", "exponential")]
 ENDS = [{"final_sigmas_type": "zero"}, {"final_sigmas_type": "sigma_min"}]
 OWN_ENDS = [{**end, "analytical_first_step": free} for end in ENDS for free in (False, True)]
-OWN_GRIDS = [{"time_grid": name} for name in ("uniform_lambda", "power_lambda", "karras", "leading")]
+OWN_GRIDS = [
+    {"time_grid": name, "denoising_step": False} for name in ("uniform_lambda", "power_lambda", "karras", "leading")
+]
 
 
 def products(*choices: list[dict]) -> list[dict]:

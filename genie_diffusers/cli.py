@@ -1,5 +1,6 @@
 """Sample a diffusion checkpoint in few steps, compare samplers on it, say what it is."""
 
+import ast
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from . import (
     StepHead,
     VariancePreserving,
 )
-from .core.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from .core.time_grids import TIMESTEP_SPACINGS
 from .schedulers.scheduling_gaussian_diffusion import SIGMA_FLAGS
 
 INSTALL = "pip install 'genie-diffusers[cli]'"
@@ -37,11 +38,14 @@ PACKAGED_MODEL = str(Path(__file__).parent / "checkpoints" / "ddpm-cifar10-16")
 PIPELINES = ("GeniePipeline", "DDPMPipeline", "DDIMPipeline")
 UNETS = ("GenieUNet2DModel", "UNet2DModel")
 
-#: short name → (name in pictures, class)
-SCHEDULERS = {
+#: short name → (name in pictures, class), those of this package
+OWN = {
     "genie": ("GENIE", GenieScheduler),
     "genie-history": ("GENIE", GenieScheduler),
     "quasi-taylor": ("Quasi-Taylor", QuasiTaylorScheduler),
+}
+#: and those of diffusers
+PEERS = {
     "ddim": ("DDIM", diffusers.DDIMScheduler),
     "ddpm": ("DDPM", diffusers.DDPMScheduler),
     "deis": ("DEIS", diffusers.DEISMultistepScheduler),
@@ -57,6 +61,7 @@ SCHEDULERS = {
     "pndm": ("PNDM", diffusers.PNDMScheduler),
     "unipc": ("UniPC", diffusers.UniPCMultistepScheduler),
 }
+SCHEDULERS = {**OWN, **PEERS}
 #: These add fresh noise in every step: they do not approximate the solution that the others converge to.
 STOCHASTIC = ("ddpm", "dpm++sde", "dpm2-ancestral", "euler-ancestral")
 
@@ -66,8 +71,19 @@ app = typer.Typer(
 
 MODEL_HELP = "Folder or Hub id of a pipeline of a UNet2DModel and a scheduler. [default: the packaged checkpoint]"
 CLASSES_HELP = "Classes, separated by commas: one for each picture, or one for all. [default: 0,1,2,…]"
-GRID_HELP = "Time grid: linspace, leading, trailing, karras, beta, uniform_lambda; for genie also linear, quadratic."
-ROWS_HELP = "Rows NAME[:GRID][@STEPS], separated by commas, names as for `sample`. Without @STEPS: each of --steps."
+NAMES_HELP = f"NAME is {', '.join(OWN)}, or one of diffusers' own: {', '.join(PEERS)}."
+GRID_HELP = (
+    "Time grid of those without one in their name: karras, beta57, ays and all others of `time_grid`; for diffusers' "
+    "own, those that they have of karras, exponential, beta, linspace, leading, trailing."
+)
+SAMPLER_HELP = (
+    "NAME[:GRID][?KEY=VALUE[&KEY=VALUE…]], such as genie:beta57 or unipc:karras?solver_order=3; keys are those of the "
+    f"scheduler's configuration. {NAMES_HELP}"
+)
+ROWS_HELP = (
+    "Rows NAME[:GRID][?KEY=VALUE…][@STEPS], separated by commas, as for `sample --scheduler`. Without @STEPS: each of "
+    f"--steps. {NAMES_HELP}"
+)
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next one has the next seed.")]
 Classes = Annotated[str | None, typer.Option(help=CLASSES_HELP)]
@@ -80,11 +96,12 @@ Output = Annotated[Path, typer.Option(help="The .png file to write.")]
 
 
 class Sampler(NamedTuple):
-    """A scheduler's short name, its time grid (`None` as configured) and its `num_inference_steps`."""
+    """A scheduler's short name, its time grid (`None` as configured), its `num_inference_steps` and other options."""
 
     name: str
     grid: str | None
     steps: int
+    options: Mapping[str, Any] = {}
 
 
 class Pictures(NamedTuple):
@@ -109,7 +126,7 @@ def short_errors() -> Iterator[None]:
 @short_errors()
 def sample(
     model: Model = PACKAGED_MODEL,
-    scheduler: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.")] = "genie",
+    scheduler: Annotated[str, typer.Option(help=SAMPLER_HELP)] = "genie",
     steps: Annotated[int, typer.Option(min=1, help="The scheduler's `num_inference_steps`.")] = 10,
     seed: Seed = 0,
     classes: Classes = None,
@@ -122,10 +139,12 @@ def sample(
 ):
     """Draw pictures and write them as one."""
     check_output(output)
-    check_scheduler(scheduler, "--scheduler")
+    samplers = parse_samplers(scheduler, [steps], grid, "--scheduler")
+    if len(samplers) > 1:
+        raise bad_option("--scheduler", f"must be one, got {scheduler!r}; `compare` takes several.")
     pipe = load_pipeline(model, derivative_head, device)
     pictures = choose(pipe, classes, batch_size, seed, guidance)
-    label, latents, calls = draw(pipe, pipe.scheduler.config, Sampler(scheduler, grid, steps), pictures)
+    label, latents, calls = draw(pipe, pipe.scheduler.config, samplers[0], pictures)
     picture_grid(pipe.image_processor.postprocess(latents, output_type="pil")).save(output)
     typer.echo(f"{output}: {len(latents)} pictures, {label}, {calls} model calls")
 
@@ -157,7 +176,7 @@ def compare(
     except ModuleNotFoundError:
         raise ImportError(f"`compare` needs matplotlib: {INSTALL}") from None
     check_output(output)
-    samplers = parse_samplers(schedulers, parse_integers(steps, "--steps"), grid)
+    samplers = parse_samplers(schedulers, parse_integers(steps, "--steps"), grid, "--schedulers")
     pipe = load_pipeline(model, derivative_head, device)
     pictures = choose(pipe, classes, batch_size, seed, guidance)
     config = pipe.scheduler.config
@@ -269,10 +288,12 @@ def draw(
     """The scheduler's name for people, the samples in [−1, 1], and how often the UNet was called for them."""
     label, scheduler_class = SCHEDULERS[sampler.name]
     notes = [sampler.grid] if sampler.grid else []
+    notes += [f"{key}={value}" for key, value in sampler.options.items()]
     # Others' keys would be warned about, and `None` is not every scheduler's word for its default.
     known = {*signature(scheduler_class).parameters, "_class_name", "_use_default_values"}
     config = {key: value for key, value in config.items() if key in known and value is not None}
-    pipe.scheduler = scheduler_class.from_config(config, **options, **grid_options(scheduler_class, sampler.grid))
+    options |= {**grid_options(scheduler_class, sampler.grid), **sampler.options}
+    pipe.scheduler = scheduler_class.from_config(config, **options)
     if scheduler_class is GenieScheduler:
         head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None
         if isinstance(head, StepHead) and sampler.grid:
@@ -303,17 +324,16 @@ def grid_options(scheduler_class: type, grid: str | None) -> dict[str, Any]:
     if grid is None:
         return {}
     known = signature(scheduler_class).parameters
-    if "time_grid" in known and grid in TIME_GRIDS + TIMESTEP_SPACINGS:
-        return {"time_grid": grid}
-    options: dict[str, Any] = {flag: False for flag in SIGMA_FLAGS if flag in known}
-    # diffusers' name of a grid that is even in λ
-    sigmas = "exponential" if grid == "uniform_lambda" else grid
-    flags = [flag for flag in options if SIGMA_FLAGS[flag] == sigmas]
-    if "timestep_spacing" in known and grid in TIMESTEP_SPACINGS:
-        return {**options, "timestep_spacing": grid}
-    if not flags:
-        raise ValueError(f"{scheduler_class.__name__} has no time grid {grid!r}.")
-    return {**options, flags[0]: True}
+    if "time_grid" in known:
+        return {"time_grid": grid, "tables": None}  # which have timesteps of their own
+    flags = {name: flag for flag, name in reversed(SIGMA_FLAGS.items()) if flag in known}
+    spacings = TIMESTEP_SPACINGS if "timestep_spacing" in known else ()
+    if grid in spacings:
+        return {**dict.fromkeys(flags.values(), False), "timestep_spacing": grid}
+    if grid not in flags:
+        there = ", ".join([*flags, *spacings]) or "none"
+        raise ValueError(f"{scheduler_class.__name__} of diffusers has no time grid {grid!r}; those it has: {there}.")
+    return {**dict.fromkeys(flags.values(), False), flags[grid]: True}
 
 
 def choose(pipe: GeniePipeline, classes: str | None, batch_size: int | None, seed: int, guidance: float) -> Pictures:
@@ -348,22 +368,39 @@ def parse_integers(text: str, option: str) -> list[int]:
         raise bad_option(option, f"must be integers separated by commas, such as 1,2,3; got {text!r}.") from None
 
 
-def parse_samplers(text: str, steps: Sequence[int], grid: str | None) -> list[Sampler]:
-    """`"genie:quadratic@10,ddim"` → samplers; `steps` and `grid` are for those that do not say."""
+def parse_samplers(text: str, steps: Sequence[int], grid: str | None, option: str) -> list[Sampler]:
+    """
+    `"genie:quadratic?interpolation_order=2@10,ddim"` → samplers; `steps` and `grid` are for those that do not say.
+    """
     samplers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([^:@]+)(?::([^:@]+))?(?:@(\d+))?", part.strip())
+    for part in re.split(r",(?![^(]*\))", text):  # not at the comma of beta(0.5,0.7)
+        match = re.fullmatch(r"([^:?@]+)(?::([^:?@]+))?(?:\?([^:?@]+))?(?:@(\d+))?", part.strip())
         if match is None:
-            raise bad_option("--schedulers", f"must be NAME[:GRID][@STEPS], such as genie:quadratic@10; got {part!r}.")
-        name, own_grid, own_steps = match.groups()
-        check_scheduler(name, "--schedulers")
-        samplers += [Sampler(name, own_grid or grid, n) for n in ([int(own_steps)] if own_steps else steps)]
+            form = "NAME[:GRID][?KEY=VALUE][@STEPS], such as genie:quadratic?method=taylor@10"
+            raise bad_option(option, f"must be {form}; got {part!r}.")
+        name, own_grid, options, own_steps = match.groups()
+        if name not in SCHEDULERS:
+            raise bad_option(option, f"must be one of {', '.join(SCHEDULERS)}; got {name!r}.")
+        counts = [int(own_steps)] if own_steps else steps
+        chosen = parse_options(options or "", SCHEDULERS[name][1], option)
+        samplers += [Sampler(name, own_grid or grid, count, chosen) for count in counts]
     return samplers
 
 
-def check_scheduler(name: str, option: str):
-    if name not in SCHEDULERS:
-        raise bad_option(option, f"must be one of {', '.join(SCHEDULERS)}; got {name!r}.")
+def parse_options(text: str, scheduler_class: type, option: str) -> dict[str, Any]:
+    """`"solver_order=3&lower_order_final=false"` → configuration keys of a scheduler and their values."""
+    known, options = signature(scheduler_class).parameters, {}
+    for pair in filter(None, text.split("&")):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            name = scheduler_class.__name__
+            raise bad_option(option, f"must have KEY=VALUE of {name} after ?: {', '.join(known)}; got {pair!r}.")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            options[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
 
 
 def check_output(output: Path):

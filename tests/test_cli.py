@@ -162,6 +162,24 @@ def test_compare_draws_every_row_from_the_same_noise_on_its_own_grid(models, run
         assert picture.height > 6 * 128
 
 
+def test_sampler_grid_and_options_are_choices_of_their_own(models, run):
+    output = run(
+        "compare", models / "ddpm", "--schedulers",
+        "genie:beta57?method=taylor@3,quasi-taylor:beta(0.5,0.7)@3,unipc:exponential?solver_order=3&predict_x0=false",
+        "--steps", "4", "--reference-steps", 2, "--batch-size", 1,
+    )  # fmt: skip
+    assert [(name, calls) for name, calls, _ in rows(output)] == [
+        ("GENIE (history, beta57, method=taylor)", 3),
+        ("Quasi-Taylor (beta(0.5,0.7))", 3),
+        ("UniPC (exponential, solver_order=3, predict_x0=False)", 4),
+    ]
+    both = [run("sample", models / "ddpm", "--scheduler", name, "--steps", 4, "--output", f"{i}.png")
+            for i, name in enumerate(("dpm++:karras", "dpm++?use_karras_sigmas=true", "dpm++"))]  # fmt: skip
+    assert "DPM-Solver++ (karras), 4 model calls" in both[0]
+    pictures = [Image.open(f"{i}.png").tobytes() for i in range(3)]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
     output = run("info", models / "genie")
     for fact in ("GenieUNet2DModel", "3 × 8 × 8", "epsilon", "linear betas, 1000 timesteps", "-5.06 to 4.61"):
@@ -188,7 +206,7 @@ def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
         (["sample", "{models}/ddpm", "--output", "nowhere/grid.png"], 2, "--output: must be a .png file in a folder"),
         (["sample", "{models}/ddpm", "--device", "abacus"], 2, "--device: 'abacus' cannot be used"),
         (["sample", "{models}/ddpm", "--steps", "1001"], 1, "must be between 1 and 1000"),
-        (["sample", "{models}/ddpm", "--grid", "hexagonal"], 1, "GenieScheduler has no time grid 'hexagonal'"),
+        (["sample", "{models}/ddpm", "--grid", "hexagonal"], 1, "`time_grid` must be one of None, linear,"),
         (
             ["sample", "{models}/ddpm", "--derivative-head", "{models}/ddpm/unet"],
             1,
@@ -197,8 +215,18 @@ def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
         (["sample", "{models}/unconditional", "--derivative-head", "{models}/head"], 1, "needs a UNet with"),
         (["sample", "{models}/nothing"], 1, "neither a folder with a model_index.json nor a pipeline"),
         (["info", "{models}/ddpm/unet"], 1, "neither a folder with a model_index.json nor a pipeline"),
-        (["compare", "{models}/ddpm", "--schedulers", "ddim@"], 2, "--schedulers: must be NAME[:GRID][@STEPS]"),
-        (["compare", "{models}/ddpm", "--schedulers", "ddim:karras"], 1, "DDIMScheduler has no time grid 'karras'"),
+        (["compare", "{models}/ddpm", "--schedulers", "ddim@"], 2, "--schedulers: must be NAME[:GRID][?KEY"),
+        (["compare", "{models}/ddpm", "--schedulers", "ddim,euler@"], 2, "got 'euler@'"),
+        (["sample", "{models}/ddpm", "--scheduler", "ddim,euler"], 2, "--scheduler: must be one, got 'ddim,euler'"),
+        (["sample", "{models}/ddpm", "--scheduler", "unipc?order=3"], 2, "solver_order, prediction_type"),
+        (["sample", "{models}/ddpm", "--scheduler", "genie?method=hermit"], 1, "must be one of hermite, taylor"),
+        (["compare", "{models}/ddpm", "--schedulers", "ddim:karras"], 1, "those it has: linspace, leading"),
+        (
+            ["compare", "{models}/ddpm", "--schedulers", "unipc:beta57"],
+            1,
+            "UniPCMultistepScheduler of diffusers has no",
+        ),
+        (["compare", "{models}/ddpm", "--schedulers", "genie:ays"], 1, "noise levels σ/α of Stable Diffusion"),
     ],
 )
 def test_a_mistake_is_answered_by_one_sentence(models, run, arguments, code, message):

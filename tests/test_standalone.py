@@ -53,7 +53,8 @@ CASES = {
     "table of pixels": (PIXELS, {"num_inference_steps": 4}),
     "solved": (VARIANCE_PRESERVING, {"num_inference_steps": 7}),
     "timesteps": (VARIANCE_PRESERVING, {"timesteps": [900, 501, 200, 11]}),
-    "beta grid": (GenieScheduler(**STABLE_DIFFUSION, time_grid="beta"), {"num_inference_steps": 6}),
+    "beta grid": (GenieScheduler(**STABLE_DIFFUSION, time_grid="beta57"), {"num_inference_steps": 6}),
+    "align your steps": (GenieScheduler(**STABLE_DIFFUSION, time_grid="ays"), {"num_inference_steps": 6}),
     "real timesteps": (GenieScheduler(continuous=True, time_grid="uniform_lambda"), {"num_inference_steps": 5}),
     "zero terminal": (
         GenieScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),

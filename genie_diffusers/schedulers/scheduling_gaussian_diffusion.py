@@ -5,7 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin  # noqa: F401
+from diffusers.schedulers.scheduling_utils import (
+    AysSchedules,
+    KarrasDiffusionSchedulers,
+    SchedulerMixin,  # noqa: F401
+)
 
 from ..core.parametrisation import PREDICTION_TYPES, Parametrisation
 from ..core.table import Levels
@@ -14,7 +18,10 @@ from ..core.time_grids import (
     SIGMA_GRIDS,
     TIME_GRIDS,
     TIMESTEP_SPACINGS,
+    calls_of,
     distinct_integers,
+    parse_grid,
+    resampled_grid,
     spaced_timesteps,
     time_grid,
 )
@@ -24,13 +31,17 @@ from .scheduling_utils import TableScheduler
 #: configuration keys of diffusers' schedulers whose models follow no noise schedule of variances β
 OTHER_DIFFUSIONS = ("sigma_max", "sigma_data", "snr", "beta_max", "scaler", "shift", "trained_betas")
 
-#: diffusers' flags for grids in noise level, and our names of them
+#: diffusers' flags for grids in noise level, and our names of them; Lu's are even in log σ too, as diffusers has them
 SIGMA_FLAGS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
-    "use_lu_lambdas": "uniform_lambda",
+    "use_lu_lambdas": "exponential",
     "use_beta_sigmas": "beta",
 }
+
+#: the grids of Align Your Steps (Sabour et al., 2024, https://huggingface.co/papers/2404.14507), and what diffusers
+#: calls the noise levels of ten calls; those of Stable Video Diffusion are for another kind of path
+AYS_GRIDS = {"ays": "StableDiffusionSigmas", "ays_sdxl": "StableDiffusionXLSigmas"}
 
 
 class GaussianDiffusionScheduler(TableScheduler):
@@ -84,8 +95,9 @@ class GaussianDiffusionScheduler(TableScheduler):
             before the first of the `num_inference_steps`; pipelines that ignore `init_noise_sigma`
             (`DDPMPipeline`, `DDIMPipeline`) leave out its rescaling, which is within 1% of one for usual schedules.
 
-    `time_grid` may also be one of diffusers' spacings; `None` is what the inherited keys say. All other arguments are
-    those of [`TableScheduler`].
+    `time_grid` may also be one of diffusers' spacings, or `"ays"` or `"ays_sdxl"`, the noise levels that Align Your
+    Steps has for Stable Diffusion 1.5 and XL, as diffusers has them, log-linearly resampled to other numbers of calls
+    than ten; `None` is what the inherited keys say. All other arguments are those of [`TableScheduler`].
     """
 
     _compatibles = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]
@@ -93,7 +105,7 @@ class GaussianDiffusionScheduler(TableScheduler):
     choices = {
         "prediction_type": PREDICTION_TYPES,
         "timestep_spacing": TIMESTEP_SPACINGS,
-        "time_grid": (None, *TIME_GRIDS, *TIMESTEP_SPACINGS),
+        "time_grid": (None, *TIME_GRIDS, *AYS_GRIDS, *TIMESTEP_SPACINGS),
     }
 
     def __init__(
@@ -193,7 +205,8 @@ class GaussianDiffusionScheduler(TableScheduler):
             sigmas (`Sequence[float]`, *optional*):
                 Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
                 each is moved to the nearest timestep. On the path of flow matching they are the σ, from 1 down, before
-                they are shifted, as pipelines of such models pass them.
+                they are shifted, as pipelines of such models pass them. A 0 at their end, as in diffusers' lists, is
+                no call.
             mu (`float`, *optional*):
                 What pipelines derive the shift from if the scheduler's `use_dynamic_shifting` is set: e^μ, or μ
                 itself with `time_shift_type="linear"`. Without that key it means nothing, as in diffusers.
@@ -268,23 +281,41 @@ class GaussianDiffusionScheduler(TableScheduler):
         name = config["time_grid"] or next(
             (name for flag, name in SIGMA_FLAGS.items() if config[flag]), config["timestep_spacing"]
         )
+        kind = parse_grid(name, self._choices("time_grid"))[0]
         if name in TIMESTEP_SPACINGS:
             points = spaced_timesteps(process, name, visited, config["steps_offset"])
         else:
-            # diffusers' own grids spend the last call at the smallest timestep
-            ends_before = end_is_noisy or (config["time_grid"] is not None and not config["denoising_step"])
-            # those of diffusers end at the smallest noise level once it is shifted
-            last = process.shifted(process.timestep_min, self._shift) if self._flows and name in SIGMA_GRIDS else None
-            if self._terminal is not None and name in NOISE_LEVEL_GRIDS:
-                ends_before, last = False, self._terminal
-            points = time_grid(process, name, visited + int(ends_before), last)[:visited]
-        if self._flows and name not in NOISE_LEVEL_GRIDS:
+            # the flags of diffusers are grids of its own, whatever ours end with
+            calls_smallest = config["time_grid"] is None or self._calls_the_smallest(name)
+            points = self._between_ends(name, visited, end_is_noisy or not calls_smallest)
+        if self._flows and kind not in NOISE_LEVEL_GRIDS:
             points = self._stretched(process.shifted(points, self._shift))
         points = np.append(points, process.timestep_min) if end_is_noisy else points
         if process.is_discrete:
             points = distinct_integers(points, process.num_train_timesteps - 1).astype(np.float64)
         # A noisy end after all timesteps there are is no step.
         return np.clip(points, process.timestep_min, process.timestep_max)
+
+    def _between_ends(self, name: str, visited: int, ends_before: bool) -> np.ndarray:
+        """`visited` points of a grid between both ends, without its last one if it `ends_before`."""
+        process, kind, last = self.process, parse_grid(name, self._choices("time_grid"))[0], None
+        if kind in AYS_GRIDS:
+            levels = AysSchedules[AYS_GRIDS[kind]][:-1]
+            largest = float(process.gamma(process.timestep_max))
+            if not math.isclose(levels[0], largest, rel_tol=1e-2):
+                raise ValueError(
+                    f"`time_grid={name!r}` is a list of noise levels σ/α of Stable Diffusion, from {levels[0]:g} on, "
+                    f"and this model has others, from {largest:g} on: choose another grid."
+                )
+            return resampled_grid(process, levels, visited + int(ends_before))[:visited]
+        if self._flows and kind in (*SIGMA_GRIDS, "sgm_uniform"):
+            # Where they come from they end at the smallest timestep once it is shifted; diffusers shifts it in its
+            # constructor, unless that is dynamic, and once more.
+            twice = kind in SIGMA_FLAGS.values() and not self.config.get("use_dynamic_shifting", False)
+            last = process.shifted(process.timestep_min, self._shift**2 if twice else self._shift)
+        if self._terminal is not None and kind in NOISE_LEVEL_GRIDS:
+            ends_before, last = False, self._terminal
+        return time_grid(process, name, visited + int(ends_before), last)[:visited]
 
     @property
     def _terminal(self) -> float | None:
@@ -301,7 +332,7 @@ class GaussianDiffusionScheduler(TableScheduler):
 
     def _custom_points(self, timesteps, sigmas) -> np.ndarray:
         if self._flows and sigmas is not None:
-            points = np.asarray(sigmas, dtype=np.float64)
+            points = calls_of(np.asarray(sigmas, dtype=np.float64))
             if points.ndim != 1 or not (np.all(points > 0) and np.all(points <= 1) and np.all(np.diff(points) < 0)):
                 raise ValueError(f"`sigmas` must strictly decrease and lie between 0 and 1, got {sigmas}.")
             points = self.process.shifted(points * self.process.timestep_max, self._shift)

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.engine import SOURCED, Plan
 from ..core.table import Levels, Row, Table, build, encodes, entries
-from ..core.time_grids import custom_timesteps, time_grid
+from ..core.time_grids import SIGMA_GRIDS, TIME_GRIDS, custom_timesteps, parse_grid, time_grid
 from ..processes import LinearDiffusion
 from .attachment import TakesSource
 from .configuration import SharedConfiguration
@@ -40,15 +40,18 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         num_train_timesteps (`int`, defaults to 1000):
             Number of timesteps the model was trained with.
         time_grid (`str`, defaults to `"quadratic"`):
-            Where the model is called: `"quadratic"` (even in √t), `"linear"`, `"uniform_lambda"`, `"power_lambda"`,
-            `"karras"` or `"beta"`, see [`~core.time_grids.time_grid`].
+            Where the model is called: `"quadratic"`, `"linear"`, `"uniform_lambda"`, `"power_lambda"`, `"karras"`,
+            `"exponential"`, `"beta"`, `"beta57"`, `"kl_optimal"`, `"sgm_uniform"`, `"simple"`, `"linear_quadratic"`,
+            `"bong_tangent"`, `"beta(α,β)"` or `"beta_timesteps(α,β)"`, see [`~core.time_grids.time_grid`].
         final_sigmas_type (`str`, defaults to `"zero"`):
             Where sampling ends, as in diffusers' multistep solvers: `"zero"`, clean data, or `"sigma_min"`, the
             smallest noise level of the process.
-        denoising_step (`bool`, defaults to `False`):
+        denoising_step (`bool`, *optional*):
             With `final_sigmas_type="zero"` and a `time_grid` between both ends, spend the last model call at the
             smallest timestep (the final denoising step of GENIE and gDDIM). Otherwise the grid has one point more, and
-            the last step jumps from the last but one straight to clean data: a shorter step everywhere else.
+            the last step jumps from the last but one straight to clean data: a shorter step everywhere else. By
+            default, and in `from_config` where a `time_grid` is given, it is as where that grid comes from: only
+            `"karras"`, `"exponential"`, `"beta"` and `"kl_optimal"` have that call.
         tables (`dict`, *optional*):
             Learned samplers, by the number of model calls as a string, each as [`Table.to_dict`] writes it. A run of
             such a number of calls follows its table, timesteps included; every other one is solved.
@@ -73,7 +76,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
     #: the diffusion that is sampled
     process_class: type[LinearDiffusion]
     #: configuration keys and the values that they may have
-    choices: Mapping[str, Sequence[Any]] = {"final_sigmas_type": ("zero", "sigma_min")}
+    choices: Mapping[str, Sequence[Any]] = {"final_sigmas_type": ("zero", "sigma_min"), "time_grid": TIME_GRIDS}
     #: whether it goes from data to noise
     encodes = False
     #: whether `tables` of another scheduler's configuration, and of what is attached, are followed by this one
@@ -84,7 +87,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         num_train_timesteps: int = 1000,
         time_grid: str | None = "quadratic",
         final_sigmas_type: str = "zero",
-        denoising_step: bool = False,
+        denoising_step: bool | None = None,
         tables: dict[str, dict[str, Any]] | None = None,
     ):
         self._process: Any = None
@@ -101,6 +104,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         self._seen: tuple = ()
         self._begin_index: int | None = None
         self._step_index: int | None = None
+        self._check_config()
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -109,6 +113,9 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         other = config_dict.get("_class_name", cls.__name__) != cls.__name__
         if other and config_dict.get("method") not in cls._choices("method"):
             config_dict.pop("method", None)
+        # Who asks for a grid asks for its end too.
+        if "time_grid" in kwargs:
+            config_dict.pop("denoising_step", None)
         # Who asks for another solver asks for its rows.
         if config_dict.get("tables"):
             own = {
@@ -191,7 +198,7 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
                 Custom strictly decreasing timesteps, instead of `num_inference_steps`.
             sigmas (`Sequence[float]`, *optional*):
                 Custom strictly decreasing noise levels γ = σ/α of the model calls, instead of `num_inference_steps`;
-                each is moved to the nearest timestep.
+                each is moved to the nearest timestep. A 0 at their end, as in diffusers' lists, is no call.
 
         Raises:
             ValueError: If not exactly one of the three is given, or if it is out of range.
@@ -262,20 +269,28 @@ class TableScheduler(SharedConfiguration, TakesSource, SavesSource, SchedulerMix
         return Levels(points, alphas, stds, process)
 
     def _check_config(self):
-        """Raise a `ValueError` for options that do not exist; not in `__init__`, since pipelines rewrite them."""
+        """Raise a `ValueError` for options that do not exist, as they are now: pipelines rewrite them."""
         for key in {key for base in type(self).__mro__ for key in vars(base).get("choices", ())}:
             allowed = self._choices(key)
-            if self.config.get(key, allowed[0]) not in allowed:
+            if key == "time_grid":
+                parse_grid(self.config[key], allowed)
+            elif self.config.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"`{key}` must be one of {_listed(allowed)}, got {self.config[key]!r}.")
 
     def _grid(self, num_inference_steps: int) -> np.ndarray:
         """The timesteps of the model calls and, if it is noisy, of the end."""
         process, end_is_noisy = self.process, self.config["final_sigmas_type"] == "sigma_min"
         self._check_count(num_inference_steps, process.num_train_timesteps, "`num_train_timesteps`")
-        ends_before = end_is_noisy or not self.config["denoising_step"]
-        points = time_grid(process, self.config["time_grid"], num_inference_steps + int(ends_before))
+        name = self.config["time_grid"]
+        ends_before = end_is_noisy or not self._calls_the_smallest(name)
+        points = time_grid(process, name, num_inference_steps + int(ends_before))
         points = points[:num_inference_steps]
         return np.append(points, process.timestep_min) if end_is_noisy else points
+
+    def _calls_the_smallest(self, name: str) -> bool:
+        """Whether a grid between both ends spends the last model call at the smallest timestep."""
+        asked = self.config["denoising_step"]
+        return parse_grid(name, self._choices("time_grid"))[0] in SIGMA_GRIDS if asked is None else asked
 
     def _check_count(self, count: int, largest: int, limit: str):
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)):

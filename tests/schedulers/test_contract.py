@@ -530,7 +530,7 @@ def test_custom_timesteps_must_be_decreasing_integers_of_the_process(timesteps):
     assert_sentence(error, "`timesteps`", f"got {timesteps}")
 
 
-@pytest.mark.parametrize("sigmas", [[0.5, 5.0], [5.0, 5.0], [1e9, 5.0], [5.0, 0.0], [5.0, -1.0], [float("nan")], []])
+@pytest.mark.parametrize("sigmas", [[0.5, 5.0], [5.0, 5.0], [1e9, 5.0], [0.0], [5.0, -1.0], [float("nan")], []])
 def test_custom_sigmas_must_be_decreasing_noise_levels_of_the_process(sigmas):
     with pytest.raises(ValueError) as error:
         GenieScheduler().set_timesteps(sigmas=sigmas)

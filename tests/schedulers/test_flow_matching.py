@@ -14,6 +14,7 @@ from diffusers import (
 from scipy.integrate import solve_ivp
 
 from genie_diffusers import GenieScheduler, LinearDiffusion, RectifiedFlow
+from genie_diffusers.core.time_grids import TIME_GRIDS
 
 FLOW = {"prediction_type": "flow_prediction"}
 STEPS = (80, 160, 320)
@@ -222,7 +223,7 @@ def test_configs_of_multistep_solvers_keep_their_terminal_noise_level():
         torch.testing.assert_close(ours.timesteps, theirs.timesteps.float(), rtol=0, atol=1.0)  # theirs are integers
 
 
-@pytest.mark.parametrize("time_grid", ["linear", "quadratic", "uniform_lambda", "power_lambda", "karras"])
+@pytest.mark.parametrize("time_grid", TIME_GRIDS)
 @pytest.mark.parametrize("options", [{}, {"denoising_step": True}, {"final_sigmas_type": "sigma_min"}], ids=str)
 def test_every_grid_calls_the_model_at_the_terminal_noise_level_last(time_grid, options):
     scheduler = GenieScheduler(**FLOW, flow_shift=3.0, shift_terminal=0.1, time_grid=time_grid, **options)
@@ -255,7 +256,7 @@ def test_what_is_not_meant_is_refused():
         timesteps = static.timesteps
         static.set_timesteps(4, mu=0.5)  # as pipelines of FLUX pass it whatever the configuration
         assert torch.equal(static.timesteps, timesteps)
-    for sigmas in ([1.2, 0.5], [0.5, 0.7], [0.5, 0.0]):
+    for sigmas in ([1.2, 0.5], [0.5, 0.7], [0.5, 0.0, 0.0]):
         with pytest.raises(ValueError, match="`sigmas` must strictly decrease and lie between 0 and 1"):
             GenieScheduler(**FLOW).set_timesteps(sigmas=sigmas)
     with pytest.raises(ValueError, match="`shift_terminal` must be between 0 and 1, got"):
