@@ -24,7 +24,14 @@ from diffusers import (
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import genie_diffusers
-from genie_diffusers import GDDIMScheduler, GenieInverseScheduler, GenieScheduler, GGDMScheduler, QuasiTaylorScheduler
+from genie_diffusers import (
+    ExponentialMultistepScheduler,
+    GDDIMScheduler,
+    GenieInverseScheduler,
+    GenieScheduler,
+    GGDMScheduler,
+    QuasiTaylorScheduler,
+)
 from genie_diffusers.standalone import standalone_source
 
 needs_auto_map = pytest.mark.skipif(
@@ -68,6 +75,11 @@ CASES = {
     "stochastic": (QuasiTaylorScheduler(method="sde"), {"num_inference_steps": 60}),
     "learned alone": (GGDMScheduler.from_config(VARIANCE_PRESERVING.config), {"num_inference_steps": 3}),
     "gddim": (GDDIMScheduler(**STABLE_DIFFUSION), {"num_inference_steps": 5}),
+    "unipc": (ExponentialMultistepScheduler(**STABLE_DIFFUSION, solver="unipc_3"), {"num_inference_steps": 5}),
+    "er_sde": (
+        ExponentialMultistepScheduler(solver="er_sde_3", prediction_type="flow_prediction"),
+        {"num_inference_steps": 5},
+    ),
 }
 
 
