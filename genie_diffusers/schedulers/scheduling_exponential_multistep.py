@@ -31,7 +31,8 @@ class MultistepSolver(NamedTuple):
         order (`int`, *optional*): Its argument `order`.
         options (mapping): Its other arguments.
         correction (`Callable`, *optional*): `correction(levels, index, known, predictor, …)`, with the same arguments.
-        lowers (`str`, *optional*): Whether `lower_order_final` lowers its order: `"always"` or in `"few"` steps.
+        lowers (`str`, *optional*):
+            Whether `lower_order_final` lowers its order: `"always"`, in `"few"` steps, or that of the `"predictor"`.
         noise (`str`, *optional*): The argument that is `eta`.
         eta (`float`): Its default.
     """
@@ -75,10 +76,10 @@ MULTISTEP_SOLVERS = {
     "er_sde_2": MultistepSolver(er_sde, 2),
     "er_sde_3": MultistepSolver(er_sde, 3),
     "sa_solver_2": MultistepSolver(
-        sa_solver, 2, correction=sa_solver_correction, lowers="always", noise="tau", eta=1.0
+        sa_solver, 2, correction=sa_solver_correction, lowers="predictor", noise="tau", eta=1.0
     ),
     "sa_solver_3": MultistepSolver(
-        sa_solver, 3, correction=sa_solver_correction, lowers="always", noise="tau", eta=1.0
+        sa_solver, 3, correction=sa_solver_correction, lowers="predictor", noise="tau", eta=1.0
     ),
     "gradient_estimation": MultistepSolver(gradient_estimation),
 }
@@ -167,7 +168,10 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
         solver = self._solver
         if solver.correction is None or known == 1:
             return {}
-        return solver.correction(levels, index, known, predictor, **self._options(levels, index - 1))
+        options = self._options(levels, index - 1)
+        if solver.lowers == "predictor":
+            options["order"] = solver.order
+        return solver.correction(levels, index, known, predictor, **options)
 
     @property
     def _solver(self) -> MultistepSolver:
@@ -178,7 +182,7 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
         solver, options = self._solver, dict(self._solver.options)
         if solver.order is not None:
             left = len(levels) - index
-            lowers = solver.lowers == "always" or (solver.lowers == "few" and len(levels) < MANY_STEPS)
+            lowers = solver.lowers is not None and (solver.lowers != "few" or len(levels) < MANY_STEPS)
             lowers = lowers and self.config["lower_order_final"]
             options["order"] = min(solver.order, left) if lowers else solver.order
         if solver.noise is not None:

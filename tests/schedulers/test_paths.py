@@ -17,7 +17,6 @@ from genie_diffusers import (
 )
 from genie_diffusers.core import Parametrisation
 from genie_diffusers.core.parametrisation import PREDICTION_TYPES
-from genie_diffusers.schedulers.scheduling_exponential_multistep import MULTISTEP_SOLVERS
 
 SOLVERS = {
     "hermite": (GenieScheduler, {}),
@@ -25,7 +24,10 @@ SOLVERS = {
     "gDDIM": (GDDIMScheduler, {"multistep_order": 3}),
     "gDDIM with corrector": (GDDIMScheduler, {"multistep_order": 2, "corrector": True}),
     "gDDIM, stochastic": (GDDIMScheduler, {"multistep_order": 1, "eta": 1.0}),
-    **{name: (ExponentialMultistepScheduler, {"solver": name}) for name in MULTISTEP_SOLVERS},
+    **{name: (ExponentialMultistepScheduler, {"solver": name}) for name in ("unipc_3", "deis_3", "lms_4", "er_sde_3")},
+    "RES-3M, stochastic": (ExponentialMultistepScheduler, {"solver": "res_3m", "eta": 0.7}),
+    # where it adds noise is a matter of timesteps
+    "SA-Solver": (ExponentialMultistepScheduler, {"solver": "sa_solver_3", "eta": 0.0}),
 }
 FLOW = {"prediction_type": "flow_prediction"}
 
