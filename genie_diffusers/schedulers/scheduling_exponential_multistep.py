@@ -143,8 +143,8 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        # that of another solver
-        if not cls._inherits_tables_of(config_dict):
+        solver = config_dict.get("solver")
+        if solver is None or kwargs.get("solver", solver) != solver:  # it is that of another one
             config_dict = {key: value for key, value in config_dict.items() if key != "eta"}
         return super().extract_init_dict(config_dict, **kwargs)
 

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 
-from genie_diffusers import GenieScheduler, GGDMScheduler, QuasiTaylorScheduler
+from genie_diffusers import ExponentialMultistepScheduler, GenieScheduler, GGDMScheduler, QuasiTaylorScheduler
 
 # diffusers' default noise schedule, the oracle of this file
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -29,6 +29,8 @@ SCHEDULERS = {
     "genie-taylor": (GenieScheduler, {"method": "taylor"}),
     "quasi-taylor": (QuasiTaylorScheduler, {}),
     "quasi-taylor-sde": (QuasiTaylorScheduler, {"method": "sde", "taylor_order": 3}),
+    "unipc": (ExponentialMultistepScheduler, {"solver": "unipc_3"}),
+    "sa-solver": (ExponentialMultistepScheduler, {"solver": "sa_solver_3"}),
     "ggdm": (GGDMScheduler, {"tables": TABLES}),
 }
 SOLVERS = [name for name in SCHEDULERS if name != "ggdm"]
@@ -40,8 +42,8 @@ def kinds(*names: str):
 
 
 every_kind, every_solver = kinds(), kinds(*SOLVERS)
-deterministic = kinds("genie", "genie-taylor", "quasi-taylor", "ggdm")
-every_class = kinds("genie", "quasi-taylor")
+deterministic = kinds("genie", "genie-taylor", "quasi-taylor", "unipc", "ggdm")
+every_class = kinds("genie", "quasi-taylor", "unipc")
 
 
 def make(kind: str, **config):
@@ -165,6 +167,7 @@ OUR_VALUES = {
 OUR_OWN_VALUES = {
     "genie": {"method": "taylor", "interpolation_order": 2, "denoising_step": True},
     "quasi-taylor": {"method": "sde", "taylor_order": 3},
+    "unipc": {"solver": "res_3m"},
 }
 
 
