@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import quad, solve_ivp
 
 from genie_diffusers.core import run
 from genie_diffusers.core.solvers.adams_bashforth import gradient_estimation, ipndm, lms
@@ -259,3 +259,32 @@ def test_solvers_that_are_one_in_their_lower_orders():
     ]
     for one, other in pairs:
         assert one == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_er_sde_is_the_published_rule(known):
+    """x̄' = r x̄ + (1 − r) D + (δ + φ' ∫ du/φ) D' + (δ²/2 + φ' ∫ (u − γ) du/φ) D'' on some values of D."""
+    levels, index, data = levels_of(np.array([5.0, 3.5, 2.0, 1.4, 0.6]), "flow"), 3, np.array([0.3, 0.9, -0.4])
+    gammas, (gamma, following) = levels.gammas[index - np.arange(3)], levels.gammas[index : index + 2]
+    ratio, delta = noise_scale(following) / noise_scale(gamma), following - gamma
+    expected = (1 - ratio) * data[0]
+    first, before = np.diff(data)[:2] / np.diff(gammas)[:2]
+    if known > 1:
+        integral = quad(lambda u: 1 / noise_scale(u), following, gamma)[0]
+        expected += (delta + noise_scale(following) * integral) * first
+    if known > 2:
+        integral = quad(lambda u: (u - gamma) / noise_scale(u), following, gamma)[0]
+        second = (first - before) / ((gammas[0] - gammas[2]) / 2)
+        expected += (delta**2 / 2 + noise_scale(following) * integral) * second
+    row, (alpha, alpha_next) = er_sde(levels, index, known), levels.alphas[index : index + 2]
+    found = sum(weight * data[lag] for (what, lag), weight in row.items() if what == "data")
+    assert found == pytest.approx(alpha_next * expected, rel=1e-9)
+    assert row["sample", 0] == pytest.approx(alpha_next / alpha * ratio)
+    assert row["noise", 0] == pytest.approx(alpha_next * math.sqrt(following**2 - (ratio * gamma) ** 2))
+
+
+def test_gradient_estimation_is_ddim_with_twice_the_last_prediction_less_the_one_before():
+    levels = levels_of(np.array([5.0, 3.5, 2.0]), "vp")
+    step = levels.sigmas[2] - levels.alphas[2] / levels.alphas[1] * levels.sigmas[1]
+    expected = {("sample", 0): levels.alphas[2] / levels.alphas[1], ("prediction", 0): 2 * step}
+    assert gradient_estimation(levels, 1, 2) == pytest.approx(expected | {("prediction", 1): -step})

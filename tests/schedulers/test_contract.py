@@ -30,7 +30,6 @@ SCHEDULERS = {
     "quasi-taylor": (QuasiTaylorScheduler, {}),
     "quasi-taylor-sde": (QuasiTaylorScheduler, {"method": "sde", "taylor_order": 3}),
     "unipc": (ExponentialMultistepScheduler, {"solver": "unipc_3"}),
-    "sa-solver": (ExponentialMultistepScheduler, {"solver": "sa_solver_3"}),
     "ggdm": (GGDMScheduler, {"tables": TABLES}),
 }
 SOLVERS = [name for name in SCHEDULERS if name != "ggdm"]

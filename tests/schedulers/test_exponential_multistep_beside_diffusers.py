@@ -175,3 +175,18 @@ def test_ddim_with_noise_is_that_of_diffusers(eta, mixture, noise):
             sample = scheduler.step(output, timestep, sample, **options, generator=generator).prev_sample
         ends.append(sample)
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+
+
+def test_the_generator_of_a_pipeline_draws_the_same_noise(mixture, noise):
+    """In single precision, in which diffusers' SDE-DPM-Solver++ draws."""
+    peer = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    ours = ExponentialMultistepScheduler.from_config(peer.config, solver="dpmpp_2m_sde")
+    ends = []
+    on_levels_of(peer, ours, 10)
+    for scheduler in (peer, ours):
+        sample, generator = noise(3, 2).float(), torch.Generator().manual_seed(0)
+        for index, timestep in enumerate(scheduler.timesteps):
+            output = mixture.noise_prediction(sample.double(), ours.alphas[index], ours.noise_stds[index]).float()
+            sample = scheduler.step(output, timestep, sample, generator=generator).prev_sample
+        ends.append(sample)
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
