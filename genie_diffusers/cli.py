@@ -45,7 +45,7 @@ OWN = {
     "genie": ("GENIE", GenieScheduler),
     "genie-history": ("GENIE", GenieScheduler),
     "quasi-taylor": ("Quasi-Taylor", QuasiTaylorScheduler),
-    # DDIM is diffusers' own
+    # DDIM is diffusers', below: one name has one meaning
     **{name: (name, ExponentialMultistepScheduler) for name in MULTISTEP_SOLVERS if name != "ddim"},
 }
 #: and those of diffusers
@@ -66,11 +66,8 @@ PEERS = {
     "unipc": ("UniPC", diffusers.UniPCMultistepScheduler),
 }
 SCHEDULERS = {**OWN, **PEERS}
-#: These add fresh noise in every step: they do not approximate the solution that the others converge to.
-STOCHASTIC = (
-    *("ddpm", "dpm++sde", "dpm2-ancestral", "euler-ancestral"),
-    *("dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde_1", "er_sde_2", "er_sde_3", "sa_solver_2", "sa_solver_3"),
-)
+#: These of diffusers add fresh noise in every step: they do not approximate the solution that the others converge to.
+STOCHASTIC = ("ddpm", "dpm++sde", "dpm2-ancestral", "euler-ancestral")
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -109,6 +106,23 @@ class Sampler(NamedTuple):
     grid: str | None
     steps: int
     options: Mapping[str, Any] = {}
+
+
+class Drawn(NamedTuple):
+    """
+    What was drawn.
+
+    Args:
+        label (`str`): The scheduler's name for people.
+        latents (`torch.Tensor`): The samples in [−1, 1].
+        calls (`int`): How often the UNet was called for them.
+        noisy (`bool`): Whether fresh noise was added on the way.
+    """
+
+    label: str
+    latents: torch.Tensor
+    calls: int
+    noisy: bool
 
 
 class Pictures(NamedTuple):
@@ -151,7 +165,7 @@ def sample(
         raise bad_option("--scheduler", f"must be one, got {scheduler!r}; `compare` takes several.")
     pipe = load_pipeline(model, derivative_head, device)
     pictures = choose(pipe, classes, batch_size, seed, guidance)
-    label, latents, calls = draw(pipe, pipe.scheduler.config, samplers[0], pictures)
+    label, latents, calls, _ = draw(pipe, pipe.scheduler.config, samplers[0], pictures)
     picture_grid(pipe.image_processor.postprocess(latents, output_type="pil")).save(output)
     typer.echo(f"{output}: {len(latents)} pictures, {label}, {calls} model calls")
 
@@ -190,15 +204,15 @@ def compare(
     unclipped = {"clip_sample": False, "thresholding": False}
     # All rows first: what is wrong with one shows before the long reference run.
     rows = [draw(pipe, config, sampler, pictures, **unclipped) for sampler in samplers]
-    reference = draw(pipe, config, Sampler("genie-history", "linear", reference_steps), pictures, **unclipped)[1]
+    reference = draw(pipe, config, Sampler("genie-history", "linear", reference_steps), pictures, **unclipped).latents
     width, count = max(len(label) for label, *_ in rows), len(pictures.seeds)
     figure = Figure(figsize=(1 + 0.1 * width + 1.3 * count, 0.4 + 1.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for column, axis in enumerate(axes[0]):
         name = f", class {pictures.labels[column]}" if pictures.labels else ""
         axis.set_title(f"seed {pictures.seeds[column]}{name}", fontsize=9)
-    for sampler, (label, latents, calls), row in zip(samplers, rows, axes, strict=True):
-        known = "stochastic" if sampler.name in STOCHASTIC else f"distance {relative_distance(latents, reference):.3f}"
+    for (label, latents, calls, noisy), row in zip(rows, axes, strict=True):
+        known = "stochastic" if noisy else f"distance {relative_distance(latents, reference):.3f}"
         typer.echo(f"{label:<{width}}  {calls:>4} calls  {known}")
         text = f"{label}, {calls} calls\n{known}"
         row[0].set_ylabel(text, rotation="horizontal", ha="right", va="center", fontsize=12)
@@ -289,19 +303,16 @@ def load_config(component: type[ConfigMixin], name: str, kind: str) -> dict[str,
         raise ValueError(f"{name} is neither a folder with a {file} nor a {kind} to load from the Hub.") from None
 
 
-def draw(
-    pipe: GeniePipeline, config: Mapping[str, Any], sampler: Sampler, pictures: Pictures, **options
-) -> tuple[str, torch.Tensor, int]:
-    """The scheduler's name for people, the samples in [−1, 1], and how often the UNet was called for them."""
+def draw(pipe: GeniePipeline, config: Mapping[str, Any], sampler: Sampler, pictures: Pictures, **options) -> Drawn:
     label, scheduler_class = SCHEDULERS[sampler.name]
     notes = [sampler.grid] if sampler.grid else []
     notes += [f"{key}={value}" for key, value in sampler.options.items()]
     # Others' keys would be warned about, and `None` is not every scheduler's word for its default.
     known = {*signature(scheduler_class).parameters, "_class_name", "_use_default_values"}
     config = {key: value for key, value in config.items() if key in known and value is not None}
-    options |= {**grid_options(scheduler_class, sampler.grid), **sampler.options}
     if scheduler_class is ExponentialMultistepScheduler:
         options["solver"] = sampler.name
+    options |= {**grid_options(scheduler_class, sampler.grid), **sampler.options}
     pipe.scheduler = scheduler_class.from_config(config, **options)
     if scheduler_class is GenieScheduler:
         head = getattr(pipe.unet, "derivative_head", None) if sampler.name == "genie" else None
@@ -325,7 +336,9 @@ def draw(
         )[0]
     finally:
         hook.remove()
-    return label, latents, len(calls)
+    table = getattr(pipe.scheduler, "table", None)
+    noisy = sampler.name in STOCHASTIC or (table is not None and any(row.get(("noise", 0)) for row in table.rows))
+    return Drawn(label, latents, len(calls), noisy)
 
 
 def grid_options(scheduler_class: type, grid: str | None) -> dict[str, Any]:

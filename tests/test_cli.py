@@ -182,6 +182,19 @@ def test_sampler_grid_and_options_are_choices_of_their_own(models, run):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_the_analytic_solvers_have_names_grids_and_noise(models, run):
+    output = run(
+        "compare", models / "ddpm", "--schedulers", "res_2m:beta57,unipc_2,unipc,dpmpp_2m_sde,res_2m?eta=0.5",
+        "--steps", "5", "--reference-steps", 50, "--batch-size", 1,
+    )  # fmt: skip
+    found = rows(output)
+    names = ["res_2m (beta57)", "unipc_2", "UniPC", "dpmpp_2m_sde", "res_2m (eta=0.5)"]
+    assert [(name, calls) for name, calls, _ in found] == [(name, 5) for name in names]
+    distances = [distance for *_, distance in found]
+    assert distances[1] == pytest.approx(distances[2], abs=1e-3)  # diffusers' own is the same solver
+    assert distances[0] is not None and distances[3:] == [None, None]
+
+
 def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
     output = run("info", models / "genie")
     for fact in ("GenieUNet2DModel", "3 × 8 × 8", "epsilon", "linear betas, 1000 timesteps", "-5.06 to 4.61"):
@@ -228,6 +241,7 @@ def test_info_says_what_the_checkpoint_is(models, run, tmp_path):
             1,
             "UniPCMultistepScheduler of diffusers has no",
         ),
+        (["sample", "{models}/ddpm", "--scheduler", "unipc_2?eta=1"], 1, "`eta` must be"),
         (["compare", "{models}/ddpm", "--schedulers", "genie:ays"], 1, "noise levels σ/α of Stable Diffusion"),
     ],
 )

@@ -76,6 +76,10 @@ CASES = {
     "learned alone": (GGDMScheduler.from_config(VARIANCE_PRESERVING.config), {"num_inference_steps": 3}),
     "gddim": (GDDIMScheduler(**STABLE_DIFFUSION), {"num_inference_steps": 5}),
     "multistep": (ExponentialMultistepScheduler(solver="sa_solver_3", **STABLE_DIFFUSION), {"num_inference_steps": 6}),
+    "er_sde": (
+        ExponentialMultistepScheduler(solver="er_sde_3", prediction_type="flow_prediction"),
+        {"num_inference_steps": 5},
+    ),
 }
 
 

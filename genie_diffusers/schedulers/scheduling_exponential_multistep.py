@@ -59,11 +59,14 @@ MULTISTEP_SOLVERS = {
     "unipc_1_bh1": MultistepSolver(unipc, 1, {"variant": "bh1"}, unipc_correction, lowers="always"),
     "unipc_2_bh1": MultistepSolver(unipc, 2, {"variant": "bh1"}, unipc_correction, lowers="always"),
     "unipc_3_bh1": MultistepSolver(unipc, 3, {"variant": "bh1"}, unipc_correction, lowers="always"),
+    "deis_1": MultistepSolver(deis, 1, lowers="few"),
     "deis_2": MultistepSolver(deis, 2, lowers="few"),
     "deis_3": MultistepSolver(deis, 3, lowers="few"),
+    "ipndm_1": MultistepSolver(ipndm, 1),
     "ipndm_2": MultistepSolver(ipndm, 2),
     "ipndm_3": MultistepSolver(ipndm, 3),
     "ipndm_4": MultistepSolver(ipndm, 4),
+    "lms_1": MultistepSolver(lms, 1),
     "lms_2": MultistepSolver(lms, 2),
     "lms_3": MultistepSolver(lms, 3),
     "lms_4": MultistepSolver(lms, 4),
@@ -92,9 +95,9 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
     | `"dpmpp_2m"`, `"dpmpp_3m"` | DPM-Solver++; `"dpmpp_2m_heun"` is diffusers' `solver_type="heun"` |
     | `"dpmpp_2m_sde"`, `"dpmpp_3m_sde"` | SDE-DPM-Solver++, stochastic |
     | `"unipc_1"`, `"unipc_2"`, `"unipc_3"` | UniPC with its corrector and B(h) = e^h − 1; with `_bh1` behind, h |
-    | `"deis_2"`, `"deis_3"` | DEIS in log γ |
-    | `"ipndm_2"`, `"ipndm_3"`, `"ipndm_4"` | iPNDM |
-    | `"lms_2"`, `"lms_3"`, `"lms_4"` | Adams–Bashforth in γ, diffusers' `LMSDiscreteScheduler` |
+    | `"deis_1"`, `"deis_2"`, `"deis_3"` | DEIS in log γ |
+    | `"ipndm_1"` to `"ipndm_4"` | iPNDM |
+    | `"lms_1"` to `"lms_4"` | Adams–Bashforth in γ, diffusers' `LMSDiscreteScheduler` |
     | `"res_2m"`, `"res_3m"` | RES multistep; with `eta` stochastic |
     | `"er_sde_1"`, `"er_sde_2"`, `"er_sde_3"` | ER-SDE, stochastic, with the noise scale that its paper recommends |
     | `"sa_solver_2"`, `"sa_solver_3"` | SA-Solver, stochastic, with its corrector |
@@ -130,7 +133,7 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
     All other arguments are those of [`GaussianDiffusionScheduler`].
 
     Raises:
-        ValueError: By `set_timesteps`, for a solver that does not exist, or an `eta` that the solver does not have.
+        ValueError: For a solver that does not exist, or an `eta` that the solver does not have.
     """
 
     choices = {"solver": tuple(MULTISTEP_SOLVERS)}

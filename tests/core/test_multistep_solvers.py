@@ -247,6 +247,19 @@ def test_what_is_drawn_has_the_moments_of_gaussian_data(name, path):
     assert np.all(errors[1] < 0.6 * errors[0] + 1e-5)
 
 
+def in_data(row, levels, index):
+    """A row of the last ε, ε = (x − α x_0)/σ, as one of x and x_0."""
+    alpha, sigma = levels.alphas[index], levels.sigmas[index]
+    weight = row["prediction", 0] / sigma
+    return {("sample", 0): row["sample", 0] + weight, ("data", 0): -alpha * weight}
+
+
+@pytest.mark.parametrize("row", [deis, ipndm, lms])
+def test_first_orders_in_the_noise_prediction_are_ddim(row):
+    levels = levels_of(cubic(9), "vp")
+    assert in_data(row(levels, 4, 5, order=1), levels, 4) == pytest.approx(ddim(levels, 4), rel=1e-9)
+
+
 def test_solvers_that_are_one_in_their_lower_orders():
     levels = levels_of(cubic(9), "vp")
     pairs = [

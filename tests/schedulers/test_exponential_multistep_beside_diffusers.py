@@ -15,7 +15,7 @@ from diffusers import (
 
 from genie_diffusers import ExponentialMultistepScheduler
 from genie_diffusers.core import Parametrisation, run
-from genie_diffusers.core.solvers.adams_bashforth import ipndm, lms
+from genie_diffusers.core.solvers.adams_bashforth import ipndm
 from genie_diffusers.core.table import Levels, build
 
 # diffusers hands tensors to numpy
@@ -34,13 +34,14 @@ PEERS = {
     "unipc_1_bh1": (UniPCMultistepScheduler, {"solver_order": 1, "solver_type": "bh1"}, 1e-10),
     "unipc_2_bh1": (UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh1"}, 1e-10),
     "unipc_3_bh1": (UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh1"}, 1e-10),
+    "deis_1": (DEISMultistepScheduler, {"solver_order": 1}, 1e-10),
     "deis_2": (DEISMultistepScheduler, {}, 1e-10),
     "deis_3": (DEISMultistepScheduler, {"solver_order": 3}, 1e-10),
     "sa_solver_2": (SASolverScheduler, {}, 1e-10),
     "sa_solver_3": (SASolverScheduler, {"predictor_order": 3, "corrector_order": 3}, 1e-10),
 }
 #: they stop before clean data in diffusers, or have no step that reaches it
-END_NOISY = ("unipc_1_bh1", "unipc_2_bh1", "unipc_3_bh1", "deis_2", "deis_3", "sa_solver_2", "sa_solver_3")
+END_NOISY = ("unipc_1_bh1", "unipc_2_bh1", "unipc_3_bh1", "deis_1", "deis_2", "deis_3", "sa_solver_2", "sa_solver_3")
 MODELS = {
     "epsilon": {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"},
     "v": {"prediction_type": "v_prediction"},
@@ -120,23 +121,29 @@ def test_the_sde_of_third_order_has_another_sign_in_diffusers():
 
 
 @pytest.mark.parametrize("steps", [4, 10, 20])
-def test_lms_is_that_of_diffusers(steps, mixture, noise):
-    """Theirs is a scheduler of x̄ = x/α; its order is that of its fourth argument, four."""
-    peer = LMSDiscreteScheduler()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_is_that_of_diffusers(order, prediction_type, steps, mixture, noise):
+    """Theirs is a scheduler of x̄ = x/α, whose order is an argument of its step."""
+    config = {"beta_schedule": "scaled_linear", "prediction_type": prediction_type, "timestep_spacing": "leading"}
+    peer = LMSDiscreteScheduler(**config)
+    ours = ExponentialMultistepScheduler.from_config(peer.config, solver=f"lms_{order}")
     peer.set_timesteps(steps)
-    peer.is_scale_input_called = True
-    gammas = peer.sigmas.double().numpy()
-    peer.sigmas = torch.from_numpy(gammas)
-    levels = Levels(np.arange(steps), 1 / np.sqrt(1 + gammas**2), gammas / np.sqrt(1 + gammas**2))
-
-    def model(sample, index):
-        return mixture.noise_prediction(sample, levels.alphas[index], levels.sigmas[index])
-
-    found = run(build(levels, lms), model, noise(3, 2))
-    sample = noise(3, 2) / levels.alphas[0]
-    for index, timestep in enumerate(peer.timesteps):
-        sample = peer.step(model(levels.alphas[index] * sample, index), timestep, sample).prev_sample
-    torch.testing.assert_close(found, sample, rtol=1e-9, atol=1e-9)
+    ours.set_timesteps(timesteps=peer.timesteps.tolist())
+    np.testing.assert_allclose(peer.sigmas, ours.levels.gammas, rtol=2e-4)
+    peer.sigmas = torch.from_numpy(ours.levels.gammas.copy())  # without its rounding to float32
+    conversion, sample = Parametrisation(prediction_type), noise(3, 2)
+    scaled = sample / ours.alphas[0]
+    for index, timestep in enumerate(ours.timesteps):
+        alpha, sigma = ours.alphas[index], ours.noise_stds[index]
+        for scheduler in (ours, peer):
+            at = sample if scheduler is ours else peer.scale_model_input(scaled, timestep)
+            output = conversion.output(mixture.noise_prediction(at, alpha, sigma), at, alpha, sigma)
+            if scheduler is ours:
+                sample = ours.step(output, timestep, sample).prev_sample
+            else:
+                scaled = peer.step(output, timestep, scaled, order=order).prev_sample
+    torch.testing.assert_close(sample, scaled, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [4, 10, 20])
