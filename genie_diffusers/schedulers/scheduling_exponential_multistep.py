@@ -188,6 +188,6 @@ class ExponentialMultistepScheduler(GaussianDiffusionScheduler):
         if solver.noise is not None:
             eta = solver.eta if self.config["eta"] is None else self.config["eta"]
             share = levels.timesteps[index] / self.config["num_train_timesteps"]
-            noisy = solver.correction is None or NOISY_PART[0] <= share <= NOISY_PART[1]
+            noisy = solver.row is not sa_solver or NOISY_PART[0] <= share <= NOISY_PART[1]
             options[solver.noise] = eta if noisy else 0.0
         return options

@@ -112,8 +112,8 @@ def test_a_start_mid_way_knows_nothing_of_the_steps_before(solver):
 
 
 @pytest.mark.parametrize("solver", MULTISTEP_SOLVERS)
-@pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_any_number_of_steps_is_finite(solver, steps):
-    for path in ({"final_sigmas_type": "sigma_min"}, {"prediction_type": "flow_prediction"}):
-        for row in table_of(steps, solver=solver, **path).fold():
-            assert np.all(np.isfinite(list(row.values())))
+def test_any_number_of_steps_is_finite(solver):
+    for steps in (1, 2, 3, 1000) if solver in ("unipc_3", "deis_3", "er_sde_3") else (1, 2, 3):
+        for path in ({"final_sigmas_type": "sigma_min"}, {"prediction_type": "flow_prediction"}):
+            for row in table_of(steps, solver=solver, **path).fold():
+                assert np.all(np.isfinite(list(row.values())))

@@ -44,8 +44,7 @@ PEERS = {
 END_NOISY = ("unipc_1_bh1", "unipc_2_bh1", "unipc_3_bh1", "deis_1", "deis_2", "deis_3", "sa_solver_2", "sa_solver_3")
 MODELS = {
     "epsilon": {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"},
-    "v": {"prediction_type": "v_prediction"},
-    "sample": {"prediction_type": "sample", "timestep_spacing": "leading"},
+    "v": {"prediction_type": "v_prediction", "timestep_spacing": "leading"},
     "flow": {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
     "shifted flow": {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
 }
