@@ -240,8 +240,6 @@ class Calibration:
         self.fits: dict[int, Fit] = {}
         #: by how much the end of the recorded run moves when its calls are doubled, from a quarter and from half
         self.coarse_error = self.teacher_error = np.nan
-        #: of the samples that the pipeline steps
-        self.dtype = torch.float32
         self.tables: dict[str, dict] = {}
 
     # --- several processes ---------------------------------------------------------------------------------------
@@ -333,7 +331,6 @@ class Calibration:
         def visited(index: int, sample: torch.Tensor, output: torch.Tensor):
             self.calls += 1
             self.bar.update()
-            self.dtype = sample.dtype
             if not torch.isfinite(output).all():
                 timestep = probe.timesteps[index]
                 raise ValueError(
@@ -463,16 +460,6 @@ class Calibration:
     def _check_teacher(self):
         """A table cannot be nearer to the solution than what it was fitted to."""
         worse = [count for count, fit in self.fits.items() if self.teacher_error > fit.error]
-        # Every step rounds the sample, each number by at most eps/2 of itself, in either direction.
-        rounded = torch.finfo(self.dtype).eps * self.teacher_steps**0.5
-        if worse and self.coarse_error / 2 < self.teacher_error < rounded:
-            logger.warning(
-                f"From half of its calls to `teacher_steps={self.teacher_steps}` the recorded run moves by "
-                f"{self.teacher_error:.2g}, more than the tables of {', '.join(map(str, worse))} calls miss it by. "
-                f"Its samples are {self.dtype}, which every step rounds. Fewer `teacher_steps` round them less often, "
-                "and a pipeline in float32 not at all."
-            )
-            return
         if len(worse) == len(self.fits) and self.teacher_error > self.coarse_error / 2:
             if self.folder is not None and self.is_main:  # what cannot be learned from is not gone on from
                 shutil.rmtree(self.folder / "recording")

@@ -61,6 +61,8 @@ class Probe(GenieScheduler):
     after: Callable[[int, torch.Tensor], None] | None = None
     mu: float | None = None
     visited = 0
+    #: what the solver's last step has led to, before it was rounded to the pipeline's dtype
+    _unrounded: torch.Tensor | None = None
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
         if self.visited:
@@ -100,7 +102,14 @@ class Probe(GenieScheduler):
         self.visited = index + 1
         following = self.visit(index, sample, output)
         if following is None:
-            (following,) = super().step(model_output, timestep, sample, generator, return_dict=False, **kwargs)
+            # In half precision the roundings of a recording's many steps would add up to more than a table's error.
+            # What the pipeline gets is rounded; the solver goes on from what it was.
+            exact = sample.to(torch.promote_types(sample.dtype, torch.float32))
+            if self._unrounded is not None:
+                exact = torch.where(self._unrounded.to(sample.dtype) == sample, self._unrounded, exact)
+            output = model_output.to(exact.dtype)
+            (self._unrounded,) = super().step(output, timestep, exact, generator, return_dict=False, **kwargs)
+            following = self._unrounded.to(sample.dtype)
         self._step_index = index + 1
         if self.after is not None:
             self.after(index, following)

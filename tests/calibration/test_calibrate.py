@@ -241,12 +241,13 @@ def test_the_run_of_half_precision(flow_pipeline):
     assert np.isfinite(ends(flow_pipeline, learned, 4)).all()
 
 
-def test_what_half_precision_rounds_is_not_taken_for_a_run_that_does_not_converge(flow_pipeline, caplog):
+def test_a_recording_in_half_precision_does_not_add_up_what_its_steps_round(flow_pipeline):
     flow_pipeline.dtype_of_model = torch.bfloat16
-    learned = calibrate(flow_pipeline, 12, num_paths=4, teacher_steps=120, refinements=0)
-    (message,) = [record.message for record in caplog.records if "teacher_steps=120" in record.message]
-    assert "torch.bfloat16" in message
-    assert "12" in learned.config["tables"]
+    calibration = Calibration(flow_pipeline, 12, num_paths=4, teacher_steps=240, refinements=0)
+    calibration.run()
+    # a bfloat16 number is within 2⁻⁹ of what it was rounded from; each step rounded anew moved the end by 0.08
+    assert calibration.teacher_error < 2**-7
+    assert calibration.fits[12].error < 0.02
 
 
 # --- σ that mean "n calls" -------------------------------------------------------------------------------------------
