@@ -203,7 +203,7 @@ def measure(args: argparse.Namespace, path: Path):
             ("calibrated, rows one after the other", {"refinements": 0}),
         ):
             begun = time.perf_counter()
-            calibration, learned = bench.calibrated(args.calls, **{"paths": args.paths, **options})
+            calibration, learned = bench.calibrated(args.calls, args.paths, **options)
             cost[name] = {"calls": calibration.calls, "seconds": round(time.perf_counter() - begun)}
             rows.add(name, {n: (calibration.fits[n].grid, with_calls(learned, n)) for n in args.calls})
             points = points or {n: learned.config.tables[str(n)]["timesteps"] for n in args.calls}

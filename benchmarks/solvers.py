@@ -16,6 +16,8 @@ have a distance too. For each solver and number of calls the grid is chosen on o
 import argparse
 import dataclasses
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -284,7 +286,7 @@ def main(argv: list[str] | None = None):
     args.choice_draws, args.report_draws = range(100_000, 100_000 + args.draws), range(300_000, 300_000 + args.draws)
     keys = ("calls", "noises", "choice_noises", "draws", "device")
     report: dict = {
-        "command": "python benchmarks/solvers.py",
+        "command": shlex.join(["python", "benchmarks/solvers.py", *(sys.argv[1:] if argv is None else argv)]),
         "what": "by problem, solver and model calls, each on the grid that is best on other noises",
         "settings": {key: getattr(args, key) for key in keys},
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},

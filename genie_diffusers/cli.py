@@ -304,6 +304,7 @@ def load_config(component: type[ConfigMixin], name: str, kind: str) -> dict[str,
 
 
 def draw(pipe: GeniePipeline, config: Mapping[str, Any], sampler: Sampler, pictures: Pictures, **options) -> Drawn:
+    """Draw the pictures with a sampler made from the configuration and `options`."""
     label, scheduler_class = SCHEDULERS[sampler.name]
     notes = [sampler.grid] if sampler.grid else []
     notes += [f"{key}={value}" for key, value in sampler.options.items()]

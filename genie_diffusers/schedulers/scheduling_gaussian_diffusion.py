@@ -149,10 +149,8 @@ class GaussianDiffusionScheduler(TableScheduler):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        flow_matching, own_keys = (
-            "shift" in config_dict and "beta_schedule" not in config_dict,
-            cls._get_init_keys(cls),
-        )
+        flow_matching = "shift" in config_dict and "beta_schedule" not in config_dict
+        own_keys = cls._get_init_keys(cls)
         if (flow_matching or "use_flow_sigmas" in config_dict) and {"shift", "flow_shift"} & set(kwargs):
             # One number under the names of both libraries, so that the way back finds it too.
             kwargs["flow_shift"] = kwargs.pop("shift", kwargs.get("flow_shift"))
@@ -194,7 +192,7 @@ class GaussianDiffusionScheduler(TableScheduler):
     def _noise_levels(self) -> np.ndarray:
         if not self._flows:
             return super()._noise_levels()
-        # All that the path leaves of the data at pure noise is what keeps λ finite.
+        # The path keeps α = 2⁻¹² at pure noise, so that λ is finite; in diffusers σ is 1 there.
         return np.where(self.levels.alphas > NOISIEST_ALPHA, self.levels.sigmas, 1.0)
 
     def _conversion(self) -> Parametrisation:
