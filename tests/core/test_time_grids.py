@@ -90,6 +90,7 @@ def test_the_analytical_first_step_takes_one_more_point_at_the_noisy_end(grid):
         free.set_timesteps(40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("count", [1, 2, 7, 333, 500, 501, 999, 1000])
 def test_a_thousand_training_timesteps_leave_room_for_every_number_of_steps(grid, count):
@@ -98,6 +99,7 @@ def test_a_thousand_training_timesteps_leave_room_for_every_number_of_steps(grid
     assert_is_a_grid(scheduler, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != "leading"])
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
 def test_continuous_time_takes_every_number_of_steps(grid, final_sigmas_type):

@@ -680,6 +680,7 @@ GRIDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, grid",
     [(kind, grid) for kind in SOLVERS for grid in (GRIDS if kind == "genie" else GRIDS[:2])],

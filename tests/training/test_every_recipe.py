@@ -59,6 +59,7 @@ def train(name: str, base, data, output_dir, *flags: str) -> None:
     script.main(script.parse_args([*(str(part) for k, v in named.items() for part in (f"--{k}", v)), *flags]))
 
 
+@pytest.mark.slow
 @every_recipe
 def test_gradients_are_unscaled_before_they_are_clipped(base, data, tmp_path, monkeypatch, name):
     """The loss is scaled in half precision, which accelerate offers on accelerators alone."""

@@ -116,6 +116,7 @@ def test_killed_run_resumes_with_the_same_losses(resumed):
     assert {step: after[step] for step in before} == before
 
 
+@pytest.mark.slow
 def test_rotation_leaves_the_newest_complete_checkpoint_and_nothing_else(resumed):
     assert [path.name for path in resumed[0].glob("*checkpoint*")] == ["checkpoint-30"]
 
