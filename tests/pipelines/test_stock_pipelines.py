@@ -270,6 +270,7 @@ def test_stable_diffusion_pipelines_run_all_their_steps_by_quasi_taylor(stable_d
     assert calls == pipe.scheduler.timesteps[-taken:].tolist()
 
 
+@pytest.mark.slow
 @every_task
 def test_stable_diffusion_pipelines_agree_with_the_solvers_of_diffusers_at_many_steps(stable_diffusion, task):
     pipeline_class, unet_channels, _ = TASKS[task]

@@ -159,6 +159,7 @@ def test_taylor_converges_with_order_two_from_data_to_noise(errors, slope_source
     np.testing.assert_allclose(orders(found), 2.0, atol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order, with_source", [(1, False), (2, False), (3, False), (2, True), (3, True), (4, True)])
 def test_the_predictor_has_the_order_of_its_conditions_from_data_to_noise(errors, slope_source, order, with_source):
     source = slope_source if with_source else None
@@ -166,6 +167,7 @@ def test_the_predictor_has_the_order_of_its_conditions_from_data_to_noise(errors
     np.testing.assert_allclose(orders(found), order, atol=0.45)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("with_source", [True, False], ids=["slopes", "values"])
 def test_the_corrector_helps_from_data_to_noise(errors, slope_source, order, with_source):

@@ -179,6 +179,7 @@ def test_tracker_holds_every_loss_once_and_the_sample_grids(resumed):
     assert [event.step for event in events.Images("samples")] == [15, 30, 30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [UNet2DModel, DiTTransformer2DModel])
 def test_flow_is_trained_resumed_and_sampled(data, tmp_path, model_class):
     if model_class is UNet2DModel:
