@@ -132,6 +132,7 @@ def test_several_guidance_scales_are_fitted_at_once(vp_pipeline):
 # --- kept as it goes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(vp_pipeline, tmp_path, monkeypatch):
     expected = calibrate(vp_pipeline, (3, 4), num_paths=3, max_batch_size=2, refinements=0, teacher_steps=30)
 

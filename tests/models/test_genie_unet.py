@@ -272,6 +272,7 @@ def test_a_full_compilation_keeps_what_the_head_reads(genie_unet, noise):
     torch.testing.assert_close(stepped, scheduler.step(denoise(eager, x, t=t), t, x).prev_sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [1, 2], ids=["unguided", "guided"])
 @pytest.mark.parametrize("exact", [False, True], ids=["head", "exact slope"])
 @pytest.mark.parametrize("scheduler_class", [GenieScheduler, GenieInverseScheduler])

@@ -140,6 +140,7 @@ def test_result_is_a_pipeline_that_loads_in_a_fresh_process(resumed):
     assert run.stdout.split("\n")[-2] == "(8, 8)"
 
 
+@pytest.mark.slow
 def test_saved_weights_are_the_averaged_ones(resumed):
     saved = list(UNet2DModel.from_pretrained(resumed[0] / "unet").parameters())
     checkpoint = resumed[0] / "checkpoint-30"

@@ -70,6 +70,7 @@ def trained(base, data, tmp_path_factory) -> Path:
     return output_dir
 
 
+@pytest.mark.slow
 def test_a_head_learns_the_slope_of_held_out_pictures(base, data, tmp_path):
     train(base, data, tmp_path / "head", max_train_steps=80, train_batch_size=16, ema_max_decay=0.9)
     facts = ModelCard.load(tmp_path / "head" / "README.md").text
