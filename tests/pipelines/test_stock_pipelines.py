@@ -120,6 +120,7 @@ def test_attached_sources_change_the_images(make_genie_unet, source):
     assert distance(pixel_images(pixel_pipeline(DDPMPipeline, unet, source=source), 4), without) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
 def test_pixel_pipelines_converge_to_the_solution_of_the_ode(make_unet, solution, pipeline_class):
     pipe = pixel_pipeline(pipeline_class, make_unet())
@@ -245,6 +246,7 @@ def latent_distance(latents: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS | FURTHER_TASKS)
 @pytest.mark.parametrize("source", [None, "exact", "head"])
 def test_stable_diffusion_pipelines_run_all_their_steps(stable_diffusion, task, source):
@@ -299,6 +301,7 @@ def test_stable_diffusion_agrees_with_ddim_by_quasi_taylor(stable_diffusion):
     assert distances[2] < 0.002
 
 
+@pytest.mark.slow
 def test_exact_slopes_and_the_data_form_bring_stable_diffusion_closer_to_the_solution(stable_diffusion):
     pipe = stable_diffusion()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

@@ -134,6 +134,7 @@ def test_the_predictor_has_the_order_of_its_conditions(errors, slope_source, gri
     np.testing.assert_allclose(orders(found), order, atol=0.15 if order < 3 else 0.45)
 
 
+@pytest.mark.slow
 @every_grid
 @pytest.mark.parametrize(
     "order, with_source, expected",

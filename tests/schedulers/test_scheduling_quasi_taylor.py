@@ -50,6 +50,7 @@ def warnings_of(caplog, action) -> list[str]:
 # --- the singular ends -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_schedule
 @every_order
 @every_method
